@@ -1,0 +1,668 @@
+"""The configuration of a run: one typed tree, read from TOML and the command line.
+
+Every setting is a field of a model below; its type, its bounds and its description are the documentation that
+``--help`` prints. Values are taken in this order: command line, the file given by ``--config``, the preset, the
+default. Unknown and contradictory settings are refused, all at once, by their dotted path.
+
+The command line is read by a loop of our own, not by pydantic-settings: its parser (argparse) stops at the first
+mistake, cannot name the nearest known setting, and prints one line of help per section that takes JSON. With tomllib
+and pydantic there is little left for the extra dependency to do.
+"""
+
+import difflib
+import json
+import re
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used. ``problems`` holds one line for each thing that is wrong."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def _split_commas(value: Any) -> Any:
+    """Read "a,b" (also "[a, b]") as a list, so that the command line and the file accept the same short form."""
+    if not isinstance(value, str):
+        return value
+    return [part.strip().strip("\"'") for part in value.strip().strip("[]()").split(",") if part.strip()]
+
+
+Names = Annotated[list[str], BeforeValidator(_split_commas)]
+Pair = Annotated[tuple[float, float], BeforeValidator(_split_commas)]
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(_Section):
+    """Where the record of a run is kept."""
+
+    dir: Path = Field(Path("runs/default"), description="folder of the run: configuration, checkpoints, metrics")
+
+
+class DataConfig(_Section):
+    """What is trained on."""
+
+    root: Path | None = Field(
+        None,
+        description="folder of images (MVTec AD layout, or good and bad images); its shards are built into data.cache. "
+        "Give this or data.shards; the one on the command line replaces the one in the file",
+    )
+    shards: str | None = Field(
+        None, description="shards already built: a folder, or an http(s):// or s3:// address of such a folder"
+    )
+    categories: Names = Field(["all"], description='categories to train, separated by commas, or "all"')
+    cache: Path = Field(
+        Path("~/.cache/wads-dist"), description="local folder for shards that were built from data.root or downloaded"
+    )
+    textures: str | None = Field(
+        None,
+        description="texture bank made by `python -m shards build --textures DIR`; none: procedural textures",
+    )
+    mode: Literal["resident", "streaming"] = Field(
+        "resident",
+        description="resident: all images stay on the device as uint8; streaming: read at random from local shards, "
+        "for data larger than memory. Both give the same samples",
+    )
+    store_size: int = Field(256, ge=64, description="side in pixels at which images are kept, before crops are taken")
+    image_size: int = Field(
+        128, ge=64, multiple_of=32, description="side in pixels of the samples, the predictions and the scores"
+    )
+    epoch_samples: int = Field(20_000, ge=1, description="samples drawn for each category in one epoch")
+
+    @field_validator("cache")
+    @classmethod
+    def _expand_home(cls, path: Path) -> Path:
+        return path.expanduser()
+
+    @field_validator("categories")
+    @classmethod
+    def _names_make_sense(cls, names: list[str]) -> list[str]:
+        if not names:
+            raise ValueError('give category names separated by commas, or "all"')
+        if len(names) > 1 and "all" in names:
+            raise ValueError('"all" cannot be mixed with names')
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"given more than once: {', '.join(repeated)}")
+        return names
+
+
+class SynthesisConfig(_Section):
+    """How anomalous samples are made from normal images (DESIGN.md, section 3)."""
+
+    scale: Pair = Field((0.8, 1.0), description="range of the crop's side, as a fraction of the image: min,max")
+    rotation: float = Field(10.0, ge=0, le=180, description="the crop turns by at most this many degrees either way")
+    clean_fraction: float = Field(0.5, ge=0, le=1, description="fraction of the samples that stay normal")
+    blend_max: float = Field(
+        0.8, ge=0, le=1, description="opacity of the normal image within the mask: beta ~ U(0, this), Eq 3.1"
+    )
+    lattice_max: int = Field(
+        5, ge=0, le=10, description="Perlin lattices have 2^k cells a side, k ~ U{0..this}, drawn for each axis"
+    )
+    threshold: float = Field(0.5, gt=-1, lt=1, description="Perlin noise above this is the mask")
+    texture_jitter: float = Field(
+        0.4, ge=0, le=1, description="strength of the random change of a texture's brightness, contrast and colour"
+    )
+
+
+class ModelConfig(_Section):
+    """The networks."""
+
+    backbone: Literal["resnet50", "resnet18"] = Field(
+        "resnet50", description="encoder of the segmenter; resnet18 is for small budgets and CPUs"
+    )
+    weights: str = Field(
+        "random",
+        description='initial weights of the backbone: "random", "imagenet" (torchvision downloads them) or a local '
+        ".pth or .safetensors file",
+    )
+    freeze_batchnorm: bool = Field(
+        False, description="keep the backbone's BatchNorm statistics and weights as loaded (not with random weights)"
+    )
+    width: int = Field(
+        64, ge=8, multiple_of=8, description="channels of the first convolution of generator and discriminator"
+    )
+    fpn_width: int = Field(128, ge=32, multiple_of=32, description="channels of the segmenter's feature pyramid")
+    latent: int = Field(200, ge=1, description="length of the generator's latent code")
+    segmenter_gradient: bool = Field(True, description="gradients of the segmentation losses reach the generator")
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_known(cls, weights: str) -> str:
+        if weights in ("random", "imagenet") or Path(weights).suffix in (".pth", ".safetensors"):
+            return weights
+        raise ValueError('allowed: "random", "imagenet", or a file that ends in .pth or .safetensors')
+
+
+class AdversarialConfig(_Section):
+    """Generator's adversarial loss, L_adv."""
+
+    weight: float = Field(1.0, ge=0, description="weight of L_adv")
+    form: Literal["bce_feature", "non_saturating", "feature_l2"] = Field(
+        "bce_feature",
+        description="bce_feature: BCE between the discriminator's last features of reconstruction and image; "
+        "non_saturating: BCE(D(reconstruction), 1); feature_l2: squared distance of the features",
+    )
+
+
+class ReconstructionConfig(_Section):
+    """Contextual loss, L_con = ssim x (1 - SSIM) + l2 x MSE."""
+
+    weight: float = Field(20.0, ge=0, description="weight of L_con")
+    ssim: float = Field(1.0, ge=0, description="weight of 1 - SSIM within L_con (0: the ablation noSSIM)")
+    l2: float = Field(1.0, ge=0, description="weight of the mean squared error within L_con")
+    target: Literal["clean", "input"] = Field(
+        "clean", description="what a reconstruction is compared with: the clean image, or the (anomalous) input"
+    )
+
+
+class LatentConfig(_Section):
+    """Latent loss, L_lat, between the codes of the clean and the anomalous image."""
+
+    weight: float = Field(1.0, ge=0, description="weight of L_lat")
+    detach: bool = Field(
+        True, description="no gradient through the clean image's code; without this the codes tend to a constant"
+    )
+
+
+class FocalConfig(_Section):
+    """Focal loss of the segmentation, Eq 3.7."""
+
+    weight: float = Field(1.0, ge=0, description="weight of the focal loss")
+    gamma: float = Field(2.0, ge=0, description="focusing exponent (0: plain cross-entropy)")
+
+
+class KLConfig(_Section):
+    """Sparsity prior on the predicted mask, Eq 3.6."""
+
+    weight: float = Field(0.01, ge=0, description="weight of the sparsity KL (0: the ablation noKL)")
+    rho: float = Field(0.1, gt=0, lt=1, description="expected fraction of anomalous pixels")
+    form: Literal["area", "pixel"] = Field(
+        "area", description="area: KL of the image's mean prediction; pixel: mean KL of every pixel's prediction"
+    )
+
+
+class ObjectiveConfig(_Section):
+    """The losses and their weights."""
+
+    adversarial: AdversarialConfig = Field(AdversarialConfig(), description="L_adv")
+    reconstruction: ReconstructionConfig = Field(ReconstructionConfig(), description="L_con")
+    latent: LatentConfig = Field(LatentConfig(), description="L_lat")
+    focal: FocalConfig = Field(FocalConfig(), description="Eq 3.7")
+    kl: KLConfig = Field(KLConfig(), description="Eq 3.6")
+
+
+class TrainerConfig(_Section):
+    """Optimisation, batches and precision."""
+
+    samples: int = Field(14_000_000, ge=1, description="budget of training samples for each category")
+    global_batch_size: int = Field(64, ge=1, description="samples in one optimiser step, over all ranks")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="samples in one forward pass of one rank; gradients accumulate up to the global batch. "
+        "none: global batch / ranks",
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 autocast where the device has it, else fp32; weights and losses stay fp32"
+    )
+    learning_rate: float = Field(1e-4, gt=0, description="Adam's learning rate, of both optimisers")
+    betas: Pair = Field((0.5, 0.999), description="Adam's betas: beta1,beta2")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup: float = Field(0.0, ge=0, lt=1, description="fraction of the steps over which the rate rises from zero")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the moving average of the weights used in evaluation (0: off)"
+    )
+    gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradients of an optimiser (0: off)")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
+    deepspeed: Path = Field(
+        Path("configs/deepspeed/zero1.json"),
+        description="DeepSpeed's JSON file, looked for in the working folder, then in the repository",
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: the node's cores / its ranks")
+    log_every: int = Field(10, ge=1, description="steps between two lines of the log")
+    deterministic: bool = Field(False, description="bitwise repeatable on a GPU as well, at some cost in speed")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both betas must be at least 0 and below 1")
+        return betas
+
+
+class CheckpointConfig(_Section):
+    """When a run is saved."""
+
+    every_minutes: float = Field(10.0, ge=0, description="minutes between two checkpoints (0: not by time)")
+    every_steps: int | None = Field(None, ge=1, description="steps between two checkpoints; none: not by steps")
+    keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
+
+
+class EvaluationConfig(_Section):
+    """How a trained model is scored."""
+
+    batch_size: int = Field(32, ge=1, description="images in one forward pass")
+    score_window: int = Field(
+        15,
+        ge=1,
+        description="odd; side of the mean filter over the probability map, whose maximum is the image's score",
+    )
+
+    @field_validator("score_window")
+    @classmethod
+    def _window_has_a_centre(cls, window: int) -> int:
+        if window % 2 == 0:
+            raise ValueError("must be odd")
+        return window
+
+
+class Config(_Section):
+    """The whole configuration of a run."""
+
+    preset: Literal["wads", "paper_literal"] = Field(
+        "wads",
+        description="starting values: wads is our reading of the paper; paper_literal has every value as printed, "
+        "wherever the paper prints one",
+    )
+    run: RunConfig = Field(RunConfig(), description="the run's folder")
+    data: DataConfig = Field(DataConfig(), description="images")
+    synthesis: SynthesisConfig = Field(SynthesisConfig(), description="anomalies")
+    model: ModelConfig = Field(ModelConfig(), description="networks")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
+    trainer: TrainerConfig = Field(TrainerConfig(), description="optimisation")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="scoring")
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> "Config":
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def require_data(self) -> None:
+        """Raise ConfigError unless exactly one of data.root and data.shards is given (both are refused earlier)."""
+        if self.data.root is None and self.data.shards is None:
+            raise ConfigError(
+                ["data: nothing to train on; give --data.root DIR (images) or --data.shards DIR (shards already built)"]
+            )
+
+    def to_toml(self) -> str:
+        """Every setting as TOML. Reading it back gives this configuration; settings that are none are left out."""
+        lines: list[str] = []
+        section = ""
+        for path, value in _values(self).items():
+            if value is None:
+                continue
+            parent, _, name = path.rpartition(".")
+            if parent != section:
+                lines += ["", f"[{parent}]"]
+                section = parent
+            lines.append(f"{name} = {_toml_value(value)}")
+        return "\n".join(lines).lstrip() + "\n"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "wads": {},
+    "paper_literal": {
+        "objective.focal.gamma": 0.1,
+        "objective.kl.form": "pixel",
+        "objective.kl.weight": 1.0,
+        "objective.kl.rho": 0.1,
+        "objective.latent.detach": False,
+        "objective.reconstruction.target": "input",
+        "trainer.learning_rate": 1e-4,
+        "trainer.samples": 14_000_000,  # 700 epochs of 20,000
+    },
+}
+
+
+def load_config(argv: Sequence[str] | None = None) -> Config:
+    """Read the configuration from a command line (``sys.argv[1:]`` if None) and the file that it names.
+
+    ``--config FILE`` names a TOML file; ``--section.field VALUE`` and ``--section.field=VALUE`` override it; a switch
+    may stand alone (``--trainer.deterministic``); ``none`` clears a setting that may be absent. ``--local_rank``, which
+    DeepSpeed's launcher adds, is ignored. ``--help`` prints every setting and exits with 0.
+
+    Raises:
+        ConfigError: with every problem found, one a line: the dotted path, the value, what is allowed, where it stood.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        raise SystemExit(0)
+    command_line, problems = _read_command_line(arguments)
+    file = command_line.pop("config", None)
+    from_file = _read_toml(Path(file)) if file is not None else {}
+    preset = command_line.get("preset", from_file.get("preset", "wads"))
+    layers = [
+        (f"preset {preset}", PRESETS.get(preset, {}) if isinstance(preset, str) else {}),
+        (str(file), from_file),
+        ("command line", command_line),
+    ]
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    sections = {prefix for prefix, _ in _sections(Config)}
+    for source, layer in layers:
+        # Where the images come from is one choice with two spellings: a later layer's replaces an earlier one's.
+        for mine, other in (("data.root", "data.shards"), ("data.shards", "data.root")):
+            if layer.get(mine) is not None and other not in layer:
+                merged.pop(other, None)
+        for section in sections & layer.keys():
+            problems.append(
+                f"{section}: is a section, set with --{section}.FIELD VALUE; got {layer[section]!r} ({source})"
+            )
+        merged |= {path: value for path, value in layer.items() if path not in sections}
+        origin |= dict.fromkeys(layer, source)
+    try:
+        config = Config.model_validate(_nest(merged))
+    except ValidationError as error:
+        problems += _explain(error, origin)
+        raise ConfigError(problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def config_difference(a: Config, b: Config) -> list[str]:
+    """Settings that differ, one a line: ``trainer.seed: 0 → 1``. Empty if the two are the same."""
+    before, after = _values(a), _values(b)
+    return [f"{path}: {_show(before[path])} → {_show(after[path])}" for path in before if before[path] != after[path]]
+
+
+def resolve_batches(config: Config, world_size: int) -> tuple[int, int]:
+    """Samples a rank takes in one forward pass, and how many such passes make one step.
+
+    Their product times ``world_size`` is exactly ``trainer.global_batch_size``.
+
+    Raises:
+        ConfigError: the global batch cannot be divided so.
+    """
+    total, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size
+    if total % world_size:
+        raise ConfigError(
+            [f"trainer.global_batch_size: {total} cannot be shared by {world_size} ranks; give a multiple of that"]
+        )
+    share = total // world_size
+    if micro is None:
+        return share, 1
+    if share % micro:
+        raise ConfigError(
+            [
+                f"trainer.micro_batch_size: {micro} on {world_size} ranks does not divide trainer.global_batch_size "
+                f"{total}; give a divisor of {share}, or leave it out"
+            ]
+        )
+    return micro, share // micro
+
+
+def help_text() -> str:
+    """What ``--help`` prints: for each setting its type, default, allowed values and meaning."""
+    lines = [
+        "usage: deepspeed launch/train.py [--config FILE] [--SECTION.FIELD VALUE ...]",
+        "",
+        "Order of precedence: command line, FILE (TOML), preset, default. Lists are separated by commas; `none` clears",
+        "a setting that may be absent; a true/false setting may stand alone for true.",
+    ]
+    for prefix, section in _sections(Config):
+        lines += ["", f"{prefix or 'general'}: {(section.__doc__ or '').strip()}"]
+        for name, field in section.model_fields.items():
+            if _section_of(field) is None:
+                path = f"{prefix}.{name}" if prefix else name
+                bounds = f"; {_allowed(field)}" if _without_none(field.annotation) in (int, float) else ""
+                lines.append(f"  --{path} {_kind(field)}  (default: {_show(field.default)}{bounds})")
+                lines += textwrap.wrap(field.description or "", 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+# --- contradictions ----------------------------------------------------------------------------------------------
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Pairs of settings that cannot both hold, each named by its paths."""
+    data, synthesis, trainer = config.data, config.synthesis, config.trainer
+    if data.root is not None and data.shards is not None:
+        yield f"data.root {str(data.root)!r} and data.shards {data.shards!r}: give one of them, not both"
+    if data.image_size > data.store_size:
+        yield f"data.image_size {data.image_size} is larger than data.store_size {data.store_size}"
+    low, high = synthesis.scale
+    if not 0 < low <= high <= 1:
+        yield f"synthesis.scale {low},{high}: must be min,max with 0 < min <= max <= 1"
+    if 2**synthesis.lattice_max > data.image_size:
+        yield (
+            f"synthesis.lattice_max {synthesis.lattice_max}: a lattice of {2**synthesis.lattice_max} cells is finer "
+            f"than data.image_size {data.image_size}"
+        )
+    if config.model.freeze_batchnorm and config.model.weights == "random":
+        yield "model.freeze_batchnorm true: needs loaded statistics, but model.weights is random"
+    micro = trainer.micro_batch_size
+    if micro is not None and trainer.global_batch_size % micro:
+        yield f"trainer.micro_batch_size {micro}: does not divide trainer.global_batch_size {trainer.global_batch_size}"
+    if trainer.samples < trainer.global_batch_size:
+        yield (
+            f"trainer.samples {trainer.samples}: less than one step of trainer.global_batch_size "
+            f"{trainer.global_batch_size}"
+        )
+    if config.evaluation.score_window > data.image_size:
+        yield (
+            f"evaluation.score_window {config.evaluation.score_window}: larger than data.image_size {data.image_size}"
+        )
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _read_command_line(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Dotted path → text of the value (None for ``none`` where that is allowed), and what could not be read."""
+    fields = _fields()
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    position = 0
+    while position < len(arguments):
+        argument = arguments[position]
+        position += 1
+        if not argument.startswith("--"):
+            problems.append(f"{argument}: unexpected argument; settings are given as --section.field VALUE")
+            continue
+        name, equals, text = argument[2:].partition("=")
+        path = name.replace("-", "_")
+        field = fields.get(path)
+        if not equals:
+            # A value may start with one dash (-1) but not with two.
+            if position < len(arguments) and not arguments[position].startswith("--"):
+                # A switch takes the next word only if that is a truth value, so that it may stand alone anywhere.
+                if field is None or field.annotation is not bool or arguments[position].lower() in ("true", "false"):
+                    text = arguments[position]
+                    position += 1
+                else:
+                    text = "true"
+            elif field is not None and field.annotation is bool:
+                text = "true"
+            elif field is not None or path in ("config", "local_rank"):
+                problems.append(f"{path}: needs a value (command line)")
+                continue
+        if path == "local_rank":
+            continue
+        optional = field is not None and type(None) in get_args(field.annotation)
+        found[path] = None if optional and text.lower() in ("none", "null") else text
+    return found, problems
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Dotted path → value. Raises ConfigError naming the file, and the line where it is not TOML."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"config: cannot read {path}: {error.strerror or error}"]) from None
+    except UnicodeDecodeError:
+        raise ConfigError([f"config: {path} is not UTF-8 text"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"config: {path} is not valid TOML: {error}"]) from None
+    return dict(_flatten(tree, set(_fields())))
+
+
+def _flatten(tree: Mapping[str, Any], leaves: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and path not in leaves:
+            yield from _flatten(value, leaves, f"{path}.")
+        else:
+            yield path, value
+
+
+def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths to a tree."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            # "trainer.seed.x" beside "trainer.seed": the deeper one, which does not exist, is the one to be refused.
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[name] = value
+    return tree
+
+
+# --- explaining --------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
+    """One line a problem: path, value, what is allowed, where it was set."""
+    fields = _fields()
+    lines: list[str] = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        message = re.sub(r"^Value error, ", "", item["msg"])
+        if not path:  # the contradictions of the whole, which name their own paths
+            lines += message.split("\n")
+            continue
+        owner = next((known for known in origin if path == known or path.startswith(known + ".")), None)
+        where = f" ({origin[owner]})" if owner is not None else ""
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown setting{_nearest(path, list(fields))}{where}")
+        else:
+            field = fields.get(path) or fields.get(path.rpartition(".")[0])
+            allowed = _allowed(field) if field is not None else ""
+            expected = f"allowed: {allowed}" if allowed and item["type"] != "value_error" else message
+            lines.append(f"{path}: got {item['input']!r}; {expected}{where}")
+    return lines
+
+
+def _nearest(path: str, known: Sequence[str]) -> str:
+    """The known setting most like this one: the same name in another section, else a similar path, else name."""
+    names = [name.rpartition(".")[2] for name in known]
+    mine = path.rpartition(".")[2]
+    namesakes = [candidate for candidate, name in zip(known, names, strict=True) if name == mine]
+    close = difflib.get_close_matches(path, namesakes, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+    if not close and (similar := difflib.get_close_matches(mine, names, n=1, cutoff=0.75)):
+        close = [known[names.index(similar[0])]]
+    return f"; did you mean {close[0]}?" if close else "; --help lists the settings"
+
+
+def _allowed(field: FieldInfo) -> str:
+    """The values a field takes, from its type and bounds: "bf16, fp16", "int, at least 1", "float, 0 to 1"."""
+    annotation = _without_none(field.annotation)
+    if get_origin(annotation) is Literal:
+        return ", ".join(str(value) for value in get_args(annotation))
+    if annotation is bool:
+        return "true, false"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
+    bounds = [
+        f"{word} {_show(value)}"
+        for metadata in field.metadata
+        for name, word in words.items()
+        if (value := getattr(metadata, name, None)) is not None
+    ]
+    if annotation in (int, float):
+        kind = "a whole number" if annotation is int else "a number"
+        return ", ".join([kind, *bounds])
+    return "two numbers separated by a comma" if get_origin(annotation) is tuple else ""
+
+
+def _kind(field: FieldInfo) -> str:
+    annotation = _without_none(field.annotation)
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(str(value) for value in get_args(annotation)) + "}"
+    names: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "[true|false]", str: "TEXT", Path: "PATH"}
+    return names.get(annotation, "A,B,...")
+
+
+# --- the tree ----------------------------------------------------------------------------------------------------
+
+
+def _section_of(field: FieldInfo) -> type[_Section] | None:
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, _Section) else None
+
+
+def _sections(model: type[_Section], prefix: str = "") -> Iterator[tuple[str, type[_Section]]]:
+    """Every model of the tree with its dotted prefix, outermost first."""
+    yield prefix, model
+    for name, field in model.model_fields.items():
+        if (section := _section_of(field)) is not None:
+            yield from _sections(section, f"{prefix}.{name}" if prefix else name)
+
+
+def _fields() -> dict[str, FieldInfo]:
+    """Every setting by its dotted path, in the order of the models."""
+    return {
+        f"{prefix}.{name}" if prefix else name: field
+        for prefix, section in _sections(Config)
+        for name, field in section.model_fields.items()
+        if _section_of(field) is None
+    }
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """Every setting's value by its dotted path."""
+    values: dict[str, Any] = {}
+    for path in _fields():
+        node: Any = config
+        for name in path.split("."):
+            node = getattr(node, name)
+        values[path] = node
+    return values
+
+
+def _without_none(annotation: Any) -> Any:
+    kept = [part for part in get_args(annotation) if part is not type(None)]
+    is_union = get_origin(annotation) is not None and type(None) in get_args(annotation)
+    return Union[tuple(kept)] if is_union else annotation  # noqa: UP007 - built at run time
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(_show(part) for part in value)
+    return str(value)
+
+
+def _toml_value(value: Any) -> str:
+    """One value as TOML, which for our types (bool, int, finite float, string, path, flat list) is JSON's spelling."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(part) for part in value) + "]"
+    # JSON leaves DEL as it is, which TOML forbids in a string.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

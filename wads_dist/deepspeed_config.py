@@ -1,0 +1,136 @@
+"""DeepSpeed's JSON file, completed from our configuration and checked against it.
+
+The JSON file is the place for what is DeepSpeed's own: ZeRO stage, bucket sizes, communication. Batch sizes, precision
+and clipping are ours, and are filled in; a file that says otherwise is refused, because DeepSpeed would follow the file
+and the run would silently not be the one that was asked for.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from wads_dist.config import Config, ConfigError, Precision, resolve_batches
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def resolve_precision(setting: Literal["auto", "bf16", "fp16", "fp32"], device_type: str) -> Precision:
+    """The precision that ``trainer.precision`` means on a device ("cpu" or "cuda").
+
+    Raises:
+        ConfigError: fp16 on a CPU, where DeepSpeed has no loss scaling to offer.
+    """
+    if setting == "fp16" and device_type == "cpu":
+        raise ConfigError(["trainer.precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto"])
+    if setting != "auto":
+        return setting
+    if device_type == "cpu":
+        # Without these instructions bf16 works, but is emulated, and slower than fp32.
+        return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def deepspeed_config(config: Config, world_size: int, precision: Precision) -> dict[str, Any]:
+    """The dictionary to give to ``deepspeed.initialize`` for either engine; a new one at each call.
+
+    bf16 and fp16 run as ``torch_autocast`` over fp32 weights: the ``bf16`` and ``fp16`` blocks convert the whole
+    module, which breaks BatchNorm, whose buffers stay fp32. With fp16 the caller must scale the loss itself: the
+    GradScaler that DeepSpeed 0.19 puts into ``torch_autocast`` is never lowered after an overflow at ZeRO 1-3 (step()
+    returns before GradScaler.update()), clips gradients that are still scaled, and knows nothing of the other engine.
+
+    Args:
+        config: the run's configuration.
+        world_size: ranks that train this model together.
+        precision: what ``resolve_precision`` gave.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, or contradicts the configuration; names the file and the key.
+    """
+    path = _find(config.trainer.deepspeed)
+    settings = _read(path)
+    micro, accumulation = resolve_batches(config, world_size)
+    problems: list[str] = []
+
+    def fill(key: str, value: float, ours: str) -> None:
+        if key in settings and settings[key] != value:
+            problems.append(
+                f"{path}: {key} is {settings[key]!r}, but {ours} makes it {value!r}; remove it from the file"
+            )
+        settings[key] = value
+
+    fill("train_batch_size", config.trainer.global_batch_size, "trainer.global_batch_size")
+    fill("train_micro_batch_size_per_gpu", micro, f"trainer.micro_batch_size on {world_size} ranks")
+    fill("gradient_accumulation_steps", accumulation, "trainer.global_batch_size / (micro batch x ranks)")
+    # Always filled: DeepSpeed's own default is 1.0, not off.
+    fill("gradient_clipping", config.trainer.gradient_clipping, "trainer.gradient_clipping")
+
+    owners = {
+        "optimizer": "Adam with trainer.learning_rate and trainer.betas is built by the trainer",
+        "scheduler": "use trainer.schedule and trainer.warmup",
+        "elasticity": "DeepSpeed removed elastic training",
+    }
+    problems += [f"{path}: {key} does not belong here: {why}" for key, why in owners.items() if key in settings]
+    for block in ("fp16", "bf16", "bfloat16", "amp"):
+        if _enabled(settings.get(block)):
+            problems.append(f"{path}: {block}.enabled does not belong here: use trainer.precision ({precision} here)")
+    problems += _autocast(settings, precision, path)
+
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        problems.append(f"{path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def _autocast(settings: dict[str, Any], precision: Precision, path: Path) -> list[str]:
+    """Set the ``torch_autocast`` block; what in the file contradicts it."""
+    block = settings.pop("torch_autocast", {})
+    if not isinstance(block, dict):
+        return [f"{path}: torch_autocast must be an object, not {block!r}"]
+    wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": None}[precision]
+    problems = []
+    if "enabled" in block and block["enabled"] is not (wanted is not None):
+        problems.append(
+            f"{path}: torch_autocast.enabled is {block['enabled']!r}, but trainer.precision is {precision}; "
+            "remove it from the file"
+        )
+    if wanted and block.get("dtype", wanted) not in (wanted, precision, f"torch.{wanted}"):
+        problems.append(f"{path}: torch_autocast.dtype is {block['dtype']!r}, but trainer.precision is {precision}")
+    if wanted:
+        # "Safe" modules would have their gradients *communicated* in 16 bits. Ours are small enough for fp32, and then
+        # the sum over ranks does not depend on how many there are.
+        modules = block.get("lower_precision_safe_modules", [])
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": wanted,
+            "lower_precision_safe_modules": modules,
+        }
+    return problems
+
+
+def _enabled(block: Any) -> bool:
+    return bool(block.get("enabled", False)) if isinstance(block, dict) else bool(block)
+
+
+def _find(path: Path) -> Path:
+    """The file as given from the working folder, or else from the repository (ranks may start anywhere)."""
+    for candidate in (path.expanduser(), REPOSITORY / path):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError([f"trainer.deepspeed: no file {path}, neither from the working folder nor from {REPOSITORY}"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"trainer.deepspeed: {path} line {error.lineno}: {error.msg}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"trainer.deepspeed: cannot read {path}: {error}"]) from None
+    if not isinstance(settings, dict):
+        raise ConfigError([f"trainer.deepspeed: {path} must hold a JSON object"])
+    return settings
