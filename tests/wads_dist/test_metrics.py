@@ -12,7 +12,7 @@ RNG = np.random.default_rng(0)
 
 
 def case(name: str) -> tuple[Tensor, Tensor]:
-    count = 3_000_000 if name == "large" else 4_000
+    count = 1_000_000 if name == "large" else 4_000
     labels = RNG.random(count) < 0.03
     scores = RNG.normal(size=count) + labels
     if name == "ties":
