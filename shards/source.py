@@ -1,0 +1,301 @@
+"""Reading a built data set from a folder, over HTTP(S), or from object storage.
+
+Nothing is used unverified: a shard is compared with the manifest's size and SHA-256 before its first byte is read, once
+a process. Remote shards go to a cache on local disk, where every process of a machine shares one copy.
+"""
+
+import hashlib
+import io
+import os
+import re
+import select
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote
+
+from shards.errors import DataError
+from shards.files import CHUNK, locked, sha256_file
+from shards.manifest import (
+    MANIFEST,
+    CategoryManifest,
+    DatasetManifest,
+    Member,
+    ShardEntry,
+    parse_manifest,
+)
+
+BACKOFF_SECONDS = 0.5
+STALL_SECONDS = 60.0
+_CURL_HTTP_ERROR = 22
+_T = TypeVar("_T")
+
+
+class _Interrupted(Exception):
+    """A transfer that went wrong in a way that trying again may mend; says what was received and expected."""
+
+
+class Dataset:
+    """A built data set at a location. Holds no open files, so it may be pickled and used from threads."""
+
+    def __init__(self, location: str, cache: Path, retries: int, manifest: DatasetManifest) -> None:
+        self.location = location
+        self.cache = cache
+        self.retries = retries
+        self.index = manifest
+        self._manifests: dict[str, CategoryManifest] = {}
+        self._verified: dict[tuple[str, str], Path] = {}
+
+    @classmethod
+    def open(cls, location: str | Path, cache: Path | None = None, retries: int = 5) -> "Dataset":
+        """Open a data set.
+
+        Args:
+            location: a folder, `http(s)://…` (needs curl), or `s3://…` (needs fsspec and s3fs).
+            cache: folder for remote shards; by default `wads-dist` in the user's cache folder.
+            retries: how often a failed transfer is tried again, with exponentially growing pauses.
+
+        Raises:
+            DataError: there is no data set, its manifest is damaged, or it cannot be reached.
+        """
+        text = str(location).rstrip("/") or "/"
+        if text.startswith("file://"):
+            text = text.removeprefix("file://")
+        if cache is None:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wads-dist"
+        where = _join(text, MANIFEST)
+        try:
+            data = _fetch_bytes(where, retries) if _is_remote(text) else Path(where).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{text}: no {MANIFEST} there, so no built data set; build one with "
+                f"`python -m shards build --root IMAGES --out {text}`"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{where}: cannot be read ({error.strerror or error})") from error
+        return cls(text, cache, retries, parse_manifest(DatasetManifest, data, where))
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of the image categories, sorted; texture banks are not among them."""
+        return [name for name, summary in self.index.categories.items() if summary.kind == "images"]
+
+    @property
+    def texture_banks(self) -> list[str]:
+        """Names of the texture banks, sorted."""
+        return [name for name, summary in self.index.categories.items() if summary.kind == "textures"]
+
+    @property
+    def is_remote(self) -> bool:
+        return _is_remote(self.location)
+
+    def manifest(self, category: str) -> CategoryManifest:
+        """The manifest of a category or texture bank.
+
+        Raises:
+            DataError: no such category, a damaged manifest, or one that is not of the data set's manifest.
+        """
+        if category not in self._manifests:
+            if category not in self.index.categories:
+                known = ", ".join(self.index.categories) or "none"
+                raise DataError(f"{self.location}: no category {category!r}; it has {known}")
+            where = _join(self.location, category, MANIFEST)
+            try:
+                data = _fetch_bytes(where, self.retries) if self.is_remote else Path(where).read_bytes()
+            except OSError as error:
+                raise DataError(
+                    f"{where}: cannot be read ({error.strerror or error}); build the category again"
+                ) from error
+            manifest = parse_manifest(CategoryManifest, data, where)
+            if manifest.fingerprint != self.index.categories[category].fingerprint:
+                raise DataError(
+                    f"{where}: not the category that {_join(self.location, MANIFEST)} lists "
+                    "(fingerprints differ); copy the whole data set again, or build it again"
+                )
+            self._manifests[category] = manifest
+        return self._manifests[category]
+
+    def shard(self, category: str, entry: ShardEntry) -> Path:
+        """Local path of a shard whose size and hash have been checked; fetched into the cache where it is remote.
+
+        Raises:
+            DataError: it is missing or not what the manifest says, after the allowed number of tries where remote.
+        """
+        key = (category, entry.name)
+        if key not in self._verified:
+            where = _join(self.location, category, entry.name)
+            if self.is_remote:
+                self._verified[key] = self._cached(category, where, entry)
+            else:
+                if difference := _difference(Path(where), entry):
+                    raise DataError(f"{where}: {difference}; copy the shard again or build the category again")
+                self._verified[key] = Path(where)
+        return self._verified[key]
+
+    def read(self, category: str, shard: ShardEntry, member: Member) -> bytes:
+        """The payload of one member of a verified shard.
+
+        Raises:
+            DataError: as for `shard`, or the shard has become shorter since it was verified.
+        """
+        path = self.shard(category, shard)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                data = os.pread(descriptor, member.size, member.offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise DataError(f"{path}: cannot read {member.name} ({error.strerror}); start again") from error
+        if len(data) != member.size:
+            raise DataError(
+                f"{path}: {member.name} is cut, {len(data)} of {member.size} bytes; the shard was changed while in use"
+            )
+        return data
+
+    def _cached(self, category: str, url: str, entry: ShardEntry) -> Path:
+        # Named by content: another data set with equal names must not evict this one's shards, nor be taken for it.
+        path = self.cache / category / f"{entry.sha256[:16]}-{entry.name}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock")
+        lock.touch()
+        with locked(lock, wait=True):  # the other ranks of this machine wait for the one that fetches
+            if path.exists():
+                if _difference(path, entry) is None:
+                    return path
+                path.unlink()
+
+            def attempt() -> Path:
+                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fetch-", delete=False) as stream:
+                    temporary = Path(stream.name)
+                    try:
+                        received, digest = _transfer(url, stream)
+                        if received != entry.bytes:
+                            raise _Interrupted(f"received {received} bytes, expected {entry.bytes}")
+                        if digest != entry.sha256:
+                            raise _Interrupted(f"received SHA-256 {digest}, expected {entry.sha256}")
+                        stream.flush()
+                        os.replace(temporary, path)
+                    finally:
+                        temporary.unlink(missing_ok=True)
+                return path
+
+            return _with_retries(attempt, url, self.retries)
+
+
+def _difference(path: Path, entry: ShardEntry) -> str | None:
+    """How a file differs from its entry of the manifest; None if it does not."""
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"{size} bytes, the manifest says {entry.bytes}"
+        digest = sha256_file(path)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if digest == entry.sha256 else f"SHA-256 is {digest}, the manifest says {entry.sha256}"
+
+
+def _is_remote(location: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]+://", location) is not None
+
+
+def _join(location: str, *parts: str) -> str:
+    if location.startswith(("http://", "https://")):
+        parts = tuple(quote(part) for part in parts)
+    return "/".join((location.rstrip("/"), *parts))
+
+
+def _fetch_bytes(url: str, retries: int) -> bytes:
+    def attempt() -> bytes:
+        stream = io.BytesIO()
+        _transfer(url, stream)
+        return stream.getvalue()
+
+    return _with_retries(attempt, url, retries)
+
+
+def _with_retries(attempt: Callable[[], _T], url: str, retries: int) -> _T:
+    for number in range(retries + 1):
+        try:
+            return attempt()
+        except _Interrupted as error:
+            reason = error
+        if number < retries:
+            time.sleep(min(BACKOFF_SECONDS * 2**number, 30.0))
+    raise DataError(f"{url}: {reason}; gave up after {retries + 1} tries: check the server and the network")
+
+
+def _transfer(url: str, target: BinaryIO | Any) -> tuple[int, str]:
+    """Copy a URL to a stream; returns the number of bytes and their SHA-256.
+
+    Raises:
+        _Interrupted: the connection failed, broke or stalled.
+        DataError: the server has refused, or something needed is not installed.
+    """
+    digest = hashlib.sha256()
+    received = 0
+    chunks = _http_chunks(url) if url.startswith(("http://", "https://")) else _object_chunks(url)
+    try:
+        for chunk in chunks:
+            digest.update(chunk)
+            target.write(chunk)
+            received += len(chunk)
+    except _Interrupted as error:
+        raise _Interrupted(f"{error} after {received} bytes") from error
+    return received, digest.hexdigest()
+
+
+def _http_chunks(url: str) -> Iterator[bytes]:
+    """The body of a URL through WebDataset's opener, which runs curl."""
+    if shutil.which("curl") is None:
+        raise DataError(f"{url}: reading http(s) needs the program curl; install it (apt-get install curl)")
+    from webdataset.gopen import gopen  # here, because importing webdataset imports torch
+
+    pipe = gopen(url, "rb")
+    descriptor = pipe.stream.fileno()
+    try:
+        while True:
+            # A server that stops sending keeps its connection open for ever; curl as WebDataset starts it would wait.
+            if not select.select([descriptor], [], [], STALL_SECONDS)[0]:
+                raise _Interrupted(f"no data for {STALL_SECONDS:.0f} s")
+            chunk = os.read(descriptor, CHUNK)
+            if not chunk:
+                break
+            yield chunk
+        status = pipe.proc.wait()
+    finally:
+        if pipe.proc.poll() is None:
+            pipe.proc.kill()
+        pipe.ignore_errors = True  # the exit status is judged here, with a message of our own
+        pipe.close()
+    if status == _CURL_HTTP_ERROR:
+        raise DataError(f"{url}: the server answered with an HTTP error; check the address and the permissions")
+    if status != 0:
+        raise _Interrupted(f"curl ended with exit status {status}")
+
+
+def _object_chunks(url: str) -> Iterator[bytes]:
+    """The body of an object, through fsspec."""
+    scheme = url.split(":", 1)[0]
+    try:
+        import fsspec
+
+        opened = fsspec.open(url, "rb")
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            f"{url}: reading {scheme}:// needs fsspec and its driver ({error}); "
+            "install them (for s3: pip install fsspec s3fs)"
+        ) from error
+    try:
+        with opened as stream:
+            while chunk := stream.read(CHUNK):
+                yield chunk
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"{url}: {error}; check the address and the permissions") from error
+    except Exception as error:  # each driver has its own exceptions for a lost connection
+        raise _Interrupted(f"{type(error).__name__}: {error}") from error
