@@ -1,0 +1,12 @@
+"""Train categories: ``deepspeed [--num_accelerators N] launch/train.py --config FILE [--SECTION.FIELD VALUE ...]``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wads_dist.entry import main
+from wads_dist.run import train_run
+
+if __name__ == "__main__":
+    sys.exit(main(train_run))

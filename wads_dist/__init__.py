@@ -1,0 +1,1 @@
+"""WADS-dist: distributed training of weakly supervised anomaly detection based on a sparsity prior."""

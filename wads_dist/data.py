@@ -1,0 +1,204 @@
+"""Images on the device, and training samples by global index.
+
+Sample i of a run is the same on any rank, in either mode and after any restart, so the state of the loader is one integer:
+the next global sample index. A data set that fits lives on the device as uint8 (``ResidentImages``); a larger one is read
+at random from shards on the local disk (``StreamedImages``).
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.philox import shuffled
+from kernels.synthesis import Batch, SynthesisSettings, synthesise, whole_images
+from shards.errors import DataError
+from shards.images import decode_image, decode_mask
+from shards.manifest import SampleEntry, ShardEntry
+from shards.source import Dataset
+from shards.textures import procedural_textures
+from wads_dist.config import Config
+
+Entry = tuple[ShardEntry, SampleEntry]
+
+
+def decode_entry(dataset: Dataset, category: str, entry: Entry, size: int) -> "np.ndarray":
+    """One image as uint8 [3, size, size].
+
+    Raises:
+        DataError: names the shard and the sample.
+    """
+    shard, sample = entry
+    data = dataset.read(category, shard, sample.image)
+    try:
+        return decode_image(data, size)
+    except DataError as error:
+        raise DataError(f"{category}/{shard.name}: sample {sample.key} {error}") from error
+
+
+def decode_entries(dataset: Dataset, category: str, entries: Sequence[Entry], size: int) -> Tensor:
+    """uint8 [N, 3, size, size] on the CPU, decoded by threads (Pillow releases the GIL while it decodes)."""
+    images = torch.empty(len(entries), 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for i, image in enumerate(pool.map(lambda entry: decode_entry(dataset, category, entry, size), entries)):
+            images[i] = torch.from_numpy(image)
+    return images
+
+
+class Images(Protocol):
+    """A category's normal training images."""
+
+    count: int
+
+    def rows(self, sample: Tensor, upcoming: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """uint8 images on the device for ``sample`` and, unless they are all the images, which of them each sample uses.
+
+        ``upcoming`` are the samples of the next call, to be read ahead.
+        """
+        ...
+
+
+class ResidentImages:
+    """All images on the device: N·3·S² bytes, decoded once."""
+
+    def __init__(self, dataset: Dataset, category: str, size: int, device: torch.device) -> None:
+        self.images = decode_entries(dataset, category, dataset.manifest(category).samples("train"), size).to(device)
+        self.count = len(self.images)
+
+    def rows(self, sample: Tensor, upcoming: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.images, None
+
+
+class StreamedImages:
+    """Images read when a sample asks for them; memory is bounded by the last ``cached`` images and one batch ahead."""
+
+    def __init__(
+        self, dataset: Dataset, category: str, size: int, device: torch.device, seed: int, cached: int = 256
+    ) -> None:
+        self.dataset, self.category, self.size, self.device, self.seed = dataset, category, size, device, seed
+        self.entries = dataset.manifest(category).samples("train")
+        self.count = len(self.entries)
+        self.cached = cached
+        self.pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self.decoded: OrderedDict[int, Future[np.ndarray]] = OrderedDict()
+        for shard in {shard.name: shard for shard, _ in self.entries}.values():
+            dataset.shard(category, shard)  # fetched and verified before the first step, not in the middle of a run
+
+    def _request(self, index: int) -> "Future[np.ndarray]":
+        if index not in self.decoded:
+            self.decoded[index] = self.pool.submit(
+                decode_entry, self.dataset, self.category, self.entries[index], self.size
+            )
+        self.decoded.move_to_end(index)
+        return self.decoded[index]
+
+    def rows(self, sample: Tensor, upcoming: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        wanted = shuffled(self.seed, sample.cpu(), self.count).tolist()
+        futures = [self._request(index) for index in wanted]
+        if upcoming is not None:
+            for index in shuffled(self.seed, upcoming.cpu(), self.count).tolist():
+                self._request(index)
+        images = torch.from_numpy(np.stack([future.result() for future in futures])).to(self.device)
+        while len(self.decoded) > max(self.cached, 2 * len(wanted)):
+            self.decoded.popitem(last=False)
+        return images, torch.arange(len(wanted), device=self.device)
+
+
+def texture_bank(location: str | None, cache: "os.PathLike[str]", size: int, device: torch.device) -> Tensor:
+    """uint8 [T, 3, size, size] on the device: the bank at ``location``, or the procedural one."""
+    if location is None:
+        return torch.from_numpy(procedural_textures(size=size)).to(device)
+    folder, _, name = location.rstrip("/").rpartition("/")
+    dataset = Dataset.open(folder or ".", cache=cache)  # type: ignore[arg-type]
+    manifest = dataset.manifest(name)
+    if manifest.kind != "textures":
+        raise DataError(
+            f"data.textures = {location!r} holds images of a category, not a texture bank; make one with "
+            f"`python -m shards build --textures DIR --out OUT` and give OUT/textures"
+        )
+    return decode_entries(dataset, name, manifest.samples(), size).to(device)
+
+
+def synthesis_settings(config: Config) -> SynthesisSettings:
+    fields = config.synthesis.model_dump()
+    return SynthesisSettings(image_size=config.data.image_size, **fields)
+
+
+class TrainingData:
+    """Training samples by global index; nothing in it changes from call to call but caches."""
+
+    def __init__(self, config: Config, dataset: Dataset, category: str, device: torch.device) -> None:
+        """Reads, verifies and decodes the category's normal images.
+
+        Raises:
+            DataError: a shard is damaged or missing, or an image cannot be decoded; names it.
+        """
+        size, self.seed, self.device = config.data.store_size, config.trainer.seed, device
+        self.settings = synthesis_settings(config)
+        self.images: Images
+        if config.data.mode == "resident":
+            self.images = ResidentImages(dataset, category, size, device)
+        else:
+            self.images = StreamedImages(dataset, category, size, device, self.seed)
+        self.textures = texture_bank(config.data.textures, config.data.cache, size, device)
+
+    def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
+        """X, X_a, M of the samples with global indices ``sample`` (int64 [B] on the device)."""
+        images, rows = self.images.rows(sample, upcoming)
+        return synthesise(images, self.textures, sample, self.seed, self.settings, rows, self.images.count)
+
+
+def rank_samples(first: int, global_batch_size: int, rank: int, world_size: int) -> range:
+    """The global sample indices of one step that ``rank`` computes: a contiguous part of [first, first + global batch)."""
+    share = global_batch_size // world_size
+    return range(first + rank * share, first + (rank + 1) * share)
+
+
+def mean_image(dataset: Dataset, category: str, store_size: int, image_size: int, chunk: int = 64) -> Tensor:
+    """Mean training image [3, H, H] float32 in [0, 1] at the training size, in bounded memory."""
+    entries = dataset.manifest(category).samples("train")
+    total = torch.zeros(3, image_size, image_size, dtype=torch.float64)
+    for start in range(0, len(entries), chunk):
+        images = decode_entries(dataset, category, entries[start : start + chunk], store_size)
+        total += whole_images(images, image_size).double().sum(0)
+    return (total / len(entries)).float()
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """Part of a category's test split, in manifest order.
+
+    ``images`` float32 [M, 3, H, H] in [0, 1]; ``masks`` bool [M, H, H], truth by nearest from the full-size mask;
+    ``has_mask`` says which images count for pixel metrics (a defect without a mask does not); ``defects`` per image.
+    """
+
+    __test__ = False  # not a pytest class
+
+    images: Tensor
+    masks: Tensor
+    has_mask: list[bool]
+    keys: list[str]
+    defects: list[str]
+
+    @classmethod
+    def load(cls, dataset: Dataset, category: str, store_size: int, image_size: int, part: slice) -> "TestImages":
+        entries = dataset.manifest(category).samples("test")[part]
+        masks = torch.zeros(len(entries), image_size, image_size, dtype=torch.bool)
+        for i, (shard, sample) in enumerate(entries):
+            if sample.mask is not None:
+                mask = decode_mask(dataset.read(category, shard, sample.mask), image_size)
+                masks[i] = torch.from_numpy(mask)
+        stored = decode_entries(dataset, category, entries, store_size)
+        return cls(
+            images=whole_images(stored, image_size) if entries else torch.zeros(0, 3, image_size, image_size),
+            masks=masks,
+            has_mask=[sample.mask is not None or sample.is_normal for _, sample in entries],
+            keys=[sample.key for _, sample in entries],
+            defects=[sample.defect for _, sample in entries],
+        )

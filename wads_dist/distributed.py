@@ -1,0 +1,72 @@
+"""This process's place among its peers, and the few collectives the framework needs besides DeepSpeed's own."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank and world size of one DeepSpeed world, and the device this rank computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as every launcher sets them (one process without)."""
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        accelerator = get_accelerator()
+        device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=world,
+            local_rank=local,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world),
+            device=device,
+        )
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def any(self, flag: Tensor) -> bool:
+        """True on every rank if ``flag`` (a bool scalar on the device) is true on any. One host synchronisation."""
+        flag = flag.to(torch.int32)
+        if self.world_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every rank, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def average_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """The floating-point buffers of ``module`` averaged over ranks: each rank's BatchNorm saw its own part of the data."""
+        averaged = {}
+        for name, buffer in module.named_buffers():
+            value = buffer.detach().clone()
+            if value.is_floating_point() and self.world_size > 1:
+                dist.all_reduce(value)
+                value /= self.world_size
+            averaged[name] = value
+        return averaged

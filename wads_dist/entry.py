@@ -1,0 +1,42 @@
+"""What every command under ``launch/`` does around its one function: read the settings, and turn errors into exit codes."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from wads_dist.config import Config, load_config
+from wads_dist.errors import ExitCode, exit_code
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def check_checkout() -> None:
+    """Raises ImportError if another installed package hides one of this checkout's (they are imported as they stand)."""
+    for name in ("kernels", "shards"):
+        module = importlib.import_module(name)
+        found = Path(str(module.__file__)).resolve().parent
+        if found != REPOSITORY / name:
+            raise ImportError(
+                f"the package {name!r} was imported from {found}, not from this checkout ({REPOSITORY / name}): another "
+                f"installed package has its name. Uninstall it, or take it off PYTHONPATH."
+            )
+
+
+def main(action: Callable[[Config], int], argv: Sequence[str] | None = None) -> int:
+    """Reads the configuration, calls ``action``, and returns the exit code (README lists them)."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        check_checkout()
+        return action(load_config(argv))
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_code(error)
+        if code == ExitCode.CRASHED:
+            raise
+        if first:
+            text = str(error) or "interrupted; the same command goes on from the last checkpoint"
+            Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+        return code

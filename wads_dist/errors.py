@@ -1,0 +1,56 @@
+"""Exit codes and the errors an entry point turns into one message and one of them."""
+
+from enum import IntEnum
+
+from shards.errors import DataError
+from wads_dist.config import ConfigError
+
+
+class ExitCode(IntEnum):
+    """What the commands under ``launch/`` return; README documents them."""
+
+    OK = 0
+    CRASHED = 1
+    BAD_CONFIG = 2
+    BAD_DATA = 3
+    CATEGORY_FAILED = 4
+    REFUSED_RESUME = 5
+    NOT_FINITE = 6
+    INTERRUPTED = 130
+
+
+class WadsError(Exception):
+    """An error whose message names the file or field, what was wrong, and what to do."""
+
+    exit_code = ExitCode.CRASHED
+
+
+class ModelWeightsError(WadsError):
+    """Pretrained weights that cannot be had or do not fit."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
+class ResumeError(WadsError):
+    """A run's folder that belongs to another configuration or data set."""
+
+    exit_code = ExitCode.REFUSED_RESUME
+
+
+class NotFiniteError(WadsError):
+    """Too many steps in a row whose loss or gradients were not finite."""
+
+    exit_code = ExitCode.NOT_FINITE
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """The exit code for an error that ended a command."""
+    if isinstance(error, WadsError):
+        return error.exit_code
+    if isinstance(error, ConfigError):
+        return ExitCode.BAD_CONFIG
+    if isinstance(error, DataError):
+        return ExitCode.BAD_DATA
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    return ExitCode.CRASHED

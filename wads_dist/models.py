@@ -1,0 +1,238 @@
+"""The networks: a bottleneck generator, a discriminator of the same stack, and a ResNet-FPN segmenter (paper §3.1 to §3.3)."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+
+from wads_dist.config import ModelConfig
+from wads_dist.errors import ModelWeightsError
+
+BOTTLENECK = 4  # side of the last feature map before the latent code
+
+
+AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The autocast context of ``precision`` (bf16, fp16; fp32: disabled).
+
+    The networks open it themselves, inside ``forward``: DeepSpeed closes a context opened around its engine, its own is
+    not active when the frozen discriminator is called through its module, and with float16 its scale never falls.
+    """
+    return torch.autocast(device.type, dtype=AUTOCAST_DTYPE.get(precision), enabled=precision in AUTOCAST_DTYPE)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of at most 32 groups of at least 4 channels: unlike BatchNorm its result does not depend on how a batch is
+    split over ranks."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+
+
+def encoder_stack(in_channels: int, width: int, image_size: int) -> tuple[nn.Sequential, int]:
+    """Stride-2 4×4 convolutions from ``image_size`` down to 4×4; returns the stack and its output channels (≤ 8·width)."""
+    layers: list[nn.Module] = []
+    channels, stages = in_channels, int(math.log2(image_size // BOTTLENECK))
+    for stage in range(stages):
+        out = width * min(2**stage, 8)
+        layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=stage == 0)]
+        layers += [group_norm(out)] if stage else []
+        layers += [nn.LeakyReLU(0.2, inplace=True)]
+        channels = out
+    return nn.Sequential(*layers), channels
+
+
+class Generator(nn.Module):
+    """Encoder to a latent code Z of ``latent`` numbers, decoder back to an image; no skip connections."""
+
+    def __init__(self, image_size: int, width: int, latent: int) -> None:
+        super().__init__()
+        self.stack, channels = encoder_stack(3, width, image_size)
+        self.code = nn.Conv2d(channels, latent, BOTTLENECK)
+        layers: list[nn.Module] = [nn.ConvTranspose2d(latent, channels, BOTTLENECK, bias=False)]
+        for stage in reversed(range(int(math.log2(image_size // BOTTLENECK)))):
+            layers += [group_norm(channels), nn.ReLU(inplace=True)]
+            out = width * min(2 ** (stage - 1), 8) if stage else 3
+            layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=stage == 0)]
+            channels = out
+        self.decoder = nn.Sequential(*layers)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[N, 3, H, H] -> Z [N, latent]."""
+        return self.code(self.stack(x * 2 - 1)).flatten(1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Z [N, latent] -> X̂ = (tanh + 1)/2, [N, 3, H, H] in [0, 1]."""
+        first, *rest = self.decoder
+        # A 1×1 map has no memory format to hand on, so the first real map is given one.
+        x = first(z[:, :, None, None]).contiguous(memory_format=torch.channels_last)
+        for layer in rest:
+            x = layer(x)
+        return (torch.tanh(x) + 1) / 2
+
+
+class Discriminator(nn.Module):
+    """The generator's encoder stack to a feature map f and one logit."""
+
+    def __init__(self, image_size: int, width: int, precision: str = "fp32") -> None:
+        super().__init__()
+        self.precision = precision
+        self.stack, channels = encoder_stack(3, width, image_size)
+        self.logit = nn.Conv2d(channels, 1, BOTTLENECK)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, H] -> feature f [N, C, 4, 4], logit [N]."""
+        with autocast(x.device, self.precision):
+            feature = self.stack(x * 2 - 1)
+            return feature, self.logit(feature).flatten()
+
+
+class Segmenter(nn.Module):
+    """ResNet over (X_a, X̂), an FPN over its four stages, and a decoder back to one logit map at input size.
+
+    The last two decoder stages are narrow on purpose: at full resolution a wide 3×3 convolution costs more than the ResNet.
+    """
+
+    def __init__(self, backbone: str, fpn_width: int, weights: str = "random", freeze_batchnorm: bool = False) -> None:
+        super().__init__()
+        resnet = load_backbone(backbone, weights)
+        self.stem = nn.Sequential(widen_to_pairs(resnet.conv1, keep=weights != "random"), resnet.bn1, resnet.relu)
+        self.pool = resnet.maxpool
+        self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
+        widths = [resnet.fc.in_features // 2**i for i in (3, 2, 1, 0)]
+        self.pyramid = FeaturePyramidNetwork(widths, fpn_width, norm_layer=group_norm)
+        half, quarter = fpn_width // 2, fpn_width // 4
+        self.reduce = _conv(fpn_width, half)
+        self.lateral = nn.Conv2d(64, half, 1)
+        self.refine = _conv(half, quarter)
+        # At full resolution a normalisation costs as much as the convolution (on a CPU, more): there is none.
+        self.head = nn.Sequential(
+            nn.Conv2d(quarter + 6, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 1, 3, padding=1)
+        )
+        self.freeze_batchnorm = freeze_batchnorm
+        # Defects are rare: starting at p = 0.02 keeps the first steps from spending themselves on the background.
+        nn.init.constant_(self.head[-1].bias, -math.log(1 / 0.02 - 1))  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        if self.freeze_batchnorm:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
+        """X_a, X̂ [N, 3, H, H] in [0, 1] -> logits [N, 1, H, H]."""
+        pair = torch.cat([image, reconstruction], 1) * 2 - 1
+        stem = self.stem(pair)
+        features, x = {}, self.pool(stem)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            features[str(i)] = x
+        levels = list(self.pyramid(features).values())
+        x = levels[0]
+        for level in levels[1:]:
+            x = x + _upsample(level, x)
+        x = self.refine(_upsample(self.reduce(x), stem) + self.lateral(stem))
+        return self.head(torch.cat([_upsample(x, pair), pair], 1))
+
+
+class Wads(nn.Module):
+    """Generator and segmenter, trained by one optimiser; segmentation gradients reach the generator unless told otherwise."""
+
+    def __init__(self, config: ModelConfig, image_size: int, precision: str = "fp32") -> None:
+        super().__init__()
+        self.generator = Generator(image_size, config.width, config.latent)
+        self.segmenter = Segmenter(config.backbone, config.fpn_width, config.weights, config.freeze_batchnorm)
+        self.segmenter_gradient = config.segmenter_gradient
+        self.precision = precision
+
+    def forward(self, clean: Tensor, anomalous: Tensor, detach_code: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One pass of everything the objective needs, from X and X_a [N, 3, H, H] in [0, 1].
+
+        Returns:
+            X̂ [N, 3, H, H], logits [N, 1, H, H], Z = E(X) and Ẑ = E(X_a) [N, latent]; Z without gradient if asked for.
+        """
+        with autocast(clean.device, self.precision):
+            # X_a first: autocast keeps the half-precision weights of the first call, and ones made under no_grad would
+            # cut the encoder's gradient.
+            anomalous_code = self.generator.encode(anomalous)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_code):
+                code = self.generator.encode(clean)
+            reconstruction = self.generator.decode(anomalous_code)
+            seen = reconstruction if self.segmenter_gradient else reconstruction.detach()
+            return reconstruction, self.segmenter(anomalous, seen), code, anomalous_code
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image [N, 3, H, H] in [0, 1] -> X̂, anomaly probability [N, H, H] float32, code Ẑ [N, latent]."""
+        code = self.generator.encode(image)
+        reconstruction = self.generator.decode(code)
+        return reconstruction, torch.sigmoid(self.segmenter(image, reconstruction).float()).squeeze(1), code
+
+
+def load_backbone(name: str, weights: str) -> torchvision.models.ResNet:
+    """torchvision's ResNet with random weights, its ImageNet weights, or those of a local file.
+
+    Raises:
+        ModelWeightsError: the weights cannot be had or do not fit; says which file or download and what to do.
+    """
+    build = getattr(torchvision.models, name)
+    if weights == "random":
+        return build(weights=None)
+    if weights == "imagenet":
+        try:
+            return build(weights="IMAGENET1K_V1")
+        except Exception as error:
+            raise ModelWeightsError(
+                f"model.weights = 'imagenet': torchvision could not download {name}'s weights ({error}). Give a local file "
+                f"(--model.weights FILE.pth), or choose to go on without (--model.weights random)."
+            ) from error
+    path = Path(weights)
+    if not path.is_file():
+        raise ModelWeightsError(
+            f"model.weights = {weights!r}: no such file. Allowed: 'random', 'imagenet', or a .pth/.safetensors file of "
+            f"torchvision's {name}."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        resnet = build(weights=None)
+        resnet.load_state_dict(state)
+    except Exception as error:
+        raise ModelWeightsError(f"model.weights = {weights!r} does not hold torchvision's {name}: {error}") from error
+    return resnet
+
+
+def widen_to_pairs(conv: nn.Conv2d, keep: bool) -> nn.Conv2d:
+    """The ResNet's first convolution for the six channels of (X_a, X̂). Loaded weights are halved and used for both images,
+    so that an image beside a perfect reconstruction excites the stem as the image alone did."""
+    wide = nn.Conv2d(6, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)  # type: ignore[arg-type]
+    if keep:
+        with torch.no_grad():
+            wide.weight.copy_(torch.cat([conv.weight, conv.weight], 1) / 2)
+    else:
+        nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
+    return wide
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), group_norm(out_channels), nn.ReLU(inplace=True)
+    )
+
+
+def _upsample(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,332 @@
+"""A run: prepares its folder, trains every category in child processes of their own, and sums up.
+
+Every launched rank is a supervisor. It holds no model; for each category it starts one worker with the same rank and a fresh
+rendezvous, and watches it. A worker that dies ends its peers and fails its category; the next category starts anew.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.distributed import TCPStore
+
+from shards.build import build
+from shards.errors import DataError
+from shards.source import Dataset
+from wads_dist.checkpoint import write_text
+from wads_dist.config import Config, config_difference, load_config
+from wads_dist.errors import ExitCode, ResumeError
+from wads_dist.tables import results_table
+from wads_dist.worker import METRICS
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG, SUMMARY, CODE = "config.toml", "summary.json", "code.json"
+# Settings that may differ between a run and its continuation: none changes what is learnt.
+FREE_TO_CHANGE = ("run.", "data.cache", "data.categories", "data.root", "data.shards", "checkpoint.", "trainer.log_every")
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 20.0
+PREPARE_TIMEOUT = timedelta(hours=6)
+
+
+@dataclass
+class Launch:
+    """The launched ranks, and the store they agree through (none for a single process)."""
+
+    rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    store: TCPStore | None = None
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Reads what the DeepSpeed launcher, torchrun or srun set; without a launcher, one rank."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if world == 1:
+            return cls()
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, world, is_master=rank == 0, wait_for_workers=False, timeout=PREPARE_TIMEOUT)
+        return cls(rank, world, address, store)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, key: str, value: str | None) -> str:
+        """The first rank's ``value`` on every rank."""
+        if self.store is None:
+            assert value is not None
+            return value
+        if self.is_first:
+            self.store.set(key, value or "")
+        return self.store.get(key).decode()
+
+    def everyone(self, key: str, value: str = "") -> list[str]:
+        """Waits for all ranks; returns each one's ``value`` in rank order."""
+        if self.store is None:
+            return [value]
+        self.store.set(f"{key}/{self.rank}", value or "-")
+        return [self.store.get(f"{key}/{r}").decode() for r in range(self.world_size)]
+
+    def leave(self) -> None:
+        """The first rank hosts the store, so it goes last."""
+        if self.store is None:
+            return
+        self.store.set(f"left/{self.rank}", "")
+        if self.is_first:
+            self.store.wait([f"left/{r}" for r in range(self.world_size)])
+
+    def raise_flag(self, key: str) -> None:
+        if self.store is not None:
+            self.store.set(key, "1")
+
+    def flag_is_up(self, key: str) -> bool:
+        return self.store is not None and self.store.check([key])
+
+
+@dataclass
+class Outcome:
+    """What became of the categories of a run."""
+
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, int] = field(default_factory=dict)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def train_run(config: Config) -> int:
+    """Trains what is missing of a run; returns the exit code. Every launched rank calls it.
+
+    Raises:
+        ConfigError, DataError, ResumeError: before anything is trained; on every rank.
+    """
+    config.require_data()
+    launch = Launch.from_environment()
+    location, categories = prepare(config, launch)
+    outcome = Outcome()
+    console = Console()
+    for category in categories:
+        if (config.run.dir / category / METRICS).is_file():
+            outcome.done.append(category)
+            if launch.is_first:
+                console.print(f"{category}: done already", highlight=False)
+            continue
+        code = supervise(config, launch, location, category)
+        if code == ExitCode.OK:
+            outcome.done.append(category)
+        else:
+            outcome.failed[category] = code
+            if launch.is_first:
+                console.print(f"[red]{category}: failed with exit code {code}[/red]", highlight=False)
+    status = conclude(config, outcome, console) if launch.is_first else ExitCode.OK
+    launch.leave()
+    return status if launch.is_first or not outcome.failed else _status(outcome)
+
+
+def prepare(config: Config, launch: Launch) -> tuple[str, list[str]]:
+    """Builds shards where only images were given, opens the run's folder, and settles what is to be trained."""
+    error = ""
+    plan: dict[str, Any] = {}
+    if launch.is_first:
+        try:
+            location = locate_shards(config)
+            dataset = Dataset.open(location, cache=config.data.cache)
+            plan = {"location": location, "categories": chosen_categories(config, dataset)}
+            open_run(config)
+        except Exception as failure:
+            error = f"{type(failure).__name__}"
+            launch.share("plan", json.dumps({"error": error}))
+            raise
+    plan = json.loads(launch.share("plan", json.dumps(plan)))
+    if "error" in plan:
+        raise SystemExit(ExitCode.CRASHED)  # the first rank says what was wrong
+    return plan["location"], plan["categories"]
+
+
+def locate_shards(config: Config) -> str:
+    """The location of the shards; those of ``data.root`` are built into the cache first (or found up to date)."""
+    if config.data.shards is not None:
+        return config.data.shards
+    root = config.data.root
+    assert root is not None
+    if not root.is_dir():
+        raise DataError(f"data.root {root}: no such folder; give the folder that holds the images")
+    name = f"{root.resolve().name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"
+    out = config.data.cache / "built" / name
+    wanted = None if config.data.categories == ["all"] else config.data.categories
+    build(root, out, wanted, overwrite=True, progress=sys.stderr.isatty())
+    return str(out)
+
+
+def chosen_categories(config: Config, dataset: Dataset) -> list[str]:
+    """The categories to train, in the order given (``all``: in the data set's)."""
+    if config.data.categories == ["all"]:
+        return list(dataset.categories)
+    missing = [c for c in config.data.categories if c not in dataset.categories]
+    if missing:
+        raise DataError(
+            f"data.categories: {', '.join(missing)} not in {dataset.location}; it has {', '.join(dataset.categories)}"
+        )
+    return list(config.data.categories)
+
+
+def open_run(config: Config) -> None:
+    """Creates the run's folder and records configuration and code, or checks that it belongs to this configuration.
+
+    Raises:
+        ResumeError: the folder's run has other settings; shows them.
+    """
+    folder = config.run.dir
+    record = folder / CONFIG
+    if record.is_file():
+        changed = [
+            line
+            for line in config_difference(load_config(["--config", str(record)]), config)
+            if not line.startswith(FREE_TO_CHANGE)
+        ]
+        if changed:
+            raise ResumeError(
+                f"{folder} holds a run with other settings (its value → yours):\n  "
+                + "\n  ".join(changed)
+                + "\nGive the same settings to go on with it, or another --run.dir to start anew."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(record, config.to_toml())
+    write_text(folder / CODE, json.dumps(code_version(), indent=1))
+
+
+def code_version() -> dict[str, str]:
+    """The commit of the checkout and the versions that decide numbers."""
+    packages = ("torch", "torchvision", "deepspeed", "webdataset", "numpy")
+    git = ("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40")
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown (not a git checkout)"
+    return {"commit": commit, "python": platform.python_version()} | {p: version(p) for p in packages}
+
+
+def supervise(config: Config, launch: Launch, location: str, category: str) -> int:
+    """Runs this rank's worker of one category to its end; the same exit code on every rank: the first that is not 0."""
+    port = launch.share(f"{category}/port", str(free_port()) if launch.is_first else None)
+    env = os.environ | {
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
+        "MASTER_ADDR": launch.address,
+        "MASTER_PORT": port,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, "-m", "wads_dist.worker", "--run", str(config.run.dir), "--category", category]
+    worker = subprocess.Popen([*command, "--shards", location], env=env)
+    flag = f"{category}/failed"
+    try:
+        while worker.poll() is None:
+            if launch.flag_is_up(flag):
+                stop(worker)
+            time.sleep(POLL_SECONDS)
+        if worker.returncode != 0:
+            launch.raise_flag(flag)
+    except BaseException:
+        stop(worker)
+        raise
+    codes = [int(code) for code in launch.everyone(f"{category}/code", str(worker.returncode))]
+    return first_cause(codes)
+
+
+def first_cause(codes: Sequence[int]) -> int:
+    """The code that explains a failure: a documented one before a crash, a crash before a signal sent by ``stop``."""
+    failures = [code for code in codes if code != 0]
+    if not failures:
+        return 0
+    code = min(failures, key=lambda code: (code <= 0, code == 1, code))
+    return code if code > 0 else 128 - code
+
+
+def stop(worker: "subprocess.Popen[bytes]") -> None:
+    """Ends a worker: politely, then not."""
+    if worker.poll() is None:
+        worker.terminate()
+        try:
+            worker.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def conclude(config: Config, outcome: Outcome, console: Console) -> int:
+    """Writes ``summary.json``, prints the table and says where everything is."""
+    summary = summarise(config.run.dir, outcome)
+    write_text(config.run.dir / SUMMARY, json.dumps(summary, indent=1))
+    if summary["categories"]:
+        console.print(results_table(summary))
+    console.print(f"Run: {config.run.dir}  (summary.json; per category metrics.json, samples.png)", highlight=False)
+    for name, code in outcome.failed.items():
+        console.print(f"[red]{name} failed (exit code {code})[/red]; the same command tries it again", highlight=False)
+    return _status(outcome)
+
+
+def summarise(run: Path, outcome: Outcome) -> dict[str, Any]:
+    """``metrics.json`` of every finished category, and the means of what they share."""
+    categories = {name: json.loads((run / name / METRICS).read_text()) for name in outcome.done}
+    return {"categories": categories, "mean": mean_of(list(categories.values())), "failed": outcome.failed}
+
+
+def mean_of(tree: list[dict[str, Any]]) -> dict[str, Any]:
+    """Element-wise mean of the numbers that all trees hold; a number missing (None) in one is left out."""
+    if not tree:
+        return {}
+    result: dict[str, Any] = {}
+    for key, value in tree[0].items():
+        values = [t.get(key) for t in tree]
+        if isinstance(value, dict):
+            result[key] = mean_of([v for v in values if isinstance(v, dict)])
+        elif all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            result[key] = sum(float(v) for v in values if v is not None) / len(values)
+    return result
+
+
+def _status(outcome: Outcome) -> int:
+    if not outcome.failed:
+        return ExitCode.OK
+    only = set(outcome.failed.values())
+    return only.pop() if len(outcome.failed) == 1 and not outcome.done else ExitCode.CATEGORY_FAILED
+
+
+def machine() -> str:
+    """Device and libraries in one line, for tables and reports."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{device}, torch {torch.__version__}"
+
+
+def evaluate_run(config: Config) -> int:
+    """Scores the finished categories of ``config.run.dir`` again, in this process, and rewrites their numbers."""
+    from wads_dist.distributed import Ranks
+    from wads_dist.evaluate import evaluate, load_model
+
+    location = locate_shards(config)
+    dataset = Dataset.open(location, cache=config.data.cache)
+    ranks = Ranks.from_environment()
+    outcome = Outcome()
+    for category in chosen_categories(config, dataset):
+        path = config.run.dir / category / METRICS
+        evaluation = evaluate(load_model(path.parent, config, ranks.device), config, dataset, category, ranks)
+        write_text(path, json.dumps(json.loads(path.read_text()) | evaluation.metrics, indent=1))
+        outcome.done.append(category)
+    return conclude(config, outcome, Console())
