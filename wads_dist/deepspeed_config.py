@@ -20,7 +20,7 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp16", "fp32"], device_t
     """The precision that ``trainer.precision`` means on a device ("cpu" or "cuda").
 
     Raises:
-        ConfigError: fp16 on a CPU, where DeepSpeed has no loss scaling to offer.
+        ConfigError: fp16 on a CPU, which has no speed to gain from it.
     """
     if setting == "fp16" and device_type == "cpu":
         raise ConfigError(["trainer.precision: fp16 needs a GPU; on a CPU use bf16, fp32 or auto"])
@@ -35,10 +35,11 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp16", "fp32"], device_t
 def deepspeed_config(config: Config, world_size: int, precision: Precision) -> dict[str, Any]:
     """The dictionary to give to ``deepspeed.initialize`` for either engine; a new one at each call.
 
-    bf16 and fp16 run as ``torch_autocast`` over fp32 weights: the ``bf16`` and ``fp16`` blocks convert the whole
-    module, which breaks BatchNorm, whose buffers stay fp32. With fp16 the caller must scale the loss itself: the
-    GradScaler that DeepSpeed 0.19 puts into ``torch_autocast`` is never lowered after an overflow at ZeRO 1-3 (step()
-    returns before GradScaler.update()), clips gradients that are still scaled, and knows nothing of the other engine.
+    bf16 runs as ``torch_autocast`` over fp32 weights: the ``bf16`` block converts the whole module, which breaks
+    BatchNorm, whose buffers stay fp32. fp16 and fp32 write no block, so that DeepSpeed sees fp32 only: with fp16 the
+    modules open their own autocast and the trainer scales the loss, because the GradScaler that DeepSpeed 0.19 adds to
+    a float16 ``torch_autocast`` is never lowered after an overflow at ZeRO 1-3 (step() returns before
+    GradScaler.update()), clips gradients that are still scaled, and knows nothing of the other engine.
 
     Args:
         config: the run's configuration.
@@ -87,28 +88,22 @@ def deepspeed_config(config: Config, world_size: int, precision: Precision) -> d
 
 
 def _autocast(settings: dict[str, Any], precision: Precision, path: Path) -> list[str]:
-    """Set the ``torch_autocast`` block; what in the file contradicts it."""
+    """Set the ``torch_autocast`` block, for bf16 only; what in the file contradicts it."""
     block = settings.pop("torch_autocast", {})
     if not isinstance(block, dict):
         return [f"{path}: torch_autocast must be an object, not {block!r}"]
-    wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": None}[precision]
+    wanted = precision == "bf16"
+    remedy = f"but trainer.precision is {precision}; remove it from the file"
     problems = []
-    if "enabled" in block and block["enabled"] is not (wanted is not None):
-        problems.append(
-            f"{path}: torch_autocast.enabled is {block['enabled']!r}, but trainer.precision is {precision}; "
-            "remove it from the file"
-        )
-    if wanted and block.get("dtype", wanted) not in (wanted, precision, f"torch.{wanted}"):
-        problems.append(f"{path}: torch_autocast.dtype is {block['dtype']!r}, but trainer.precision is {precision}")
+    if "enabled" in block and block["enabled"] is not wanted:
+        problems.append(f"{path}: torch_autocast.enabled is {block['enabled']!r}, {remedy}")
+    if wanted and block.get("dtype", "bfloat16") not in ("bfloat16", "bf16", "torch.bfloat16"):
+        problems.append(f"{path}: torch_autocast.dtype is {block['dtype']!r}, {remedy}")
     if wanted:
-        # "Safe" modules would have their gradients *communicated* in 16 bits. Ours are small enough for fp32, and then
-        # the sum over ranks does not depend on how many there are.
+        # DeepSpeed *communicates* the gradients of "safe" modules in bf16. Ours are small enough for fp32, and then
+        # the sum over ranks hardly depends on how many there are.
         modules = block.get("lower_precision_safe_modules", [])
-        settings["torch_autocast"] = {
-            "enabled": True,
-            "dtype": wanted,
-            "lower_precision_safe_modules": modules,
-        }
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": modules}
     return problems
 
 

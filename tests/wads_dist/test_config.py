@@ -248,7 +248,7 @@ def test_paper_literal_file_uses_its_preset() -> None:
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("precision, autocast", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", None)])
+@pytest.mark.parametrize("precision, autocast", [("bf16", "bfloat16"), ("fp16", None), ("fp32", None)])
 def test_shipped_deepspeed_file(
     stage: int, precision: str, autocast: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -264,6 +264,8 @@ def test_shipped_deepspeed_file(
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["gradient_clipping"] == 0.5
     assert settings.get("torch_autocast", {}).get("dtype") == autocast
+    # fp16 by torch_autocast would bring DeepSpeed's own loss scale in, on top of the trainer's.
+    assert ("torch_autocast" in settings) == (precision == "bf16")
     assert not {"optimizer", "bf16", "fp16"} & settings.keys()
 
 
@@ -293,6 +295,12 @@ def test_deepspeed_file_that_contradicts(content: object, expected: str, tmp_pat
     with pytest.raises(ConfigError) as caught:
         deepspeed_config(load_config(["--trainer.deepspeed", file]), 2, "bf16")
     assert expected in str(caught.value) and file in str(caught.value)
+
+
+def test_deepspeeds_own_fp16_autocast_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "ds.json", json.dumps({"torch_autocast": {"enabled": True, "dtype": "float16"}}))
+    with pytest.raises(ConfigError, match=r"torch_autocast\.enabled is True, but trainer\.precision is fp16"):
+        deepspeed_config(load_config(["--trainer.deepspeed", file]), 1, "fp16")
 
 
 def test_deepspeed_file_that_agrees(tmp_path: Path) -> None:
