@@ -78,12 +78,18 @@ def _verify_shard(dataset: Dataset, category: str, shard: ShardEntry) -> list[st
 def _members(path: Path) -> tuple[dict[str, Member], str | None]:
     """Members of a tar as far as it can be read, and why no further."""
     members: dict[str, Member] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 members[info.name] = Member(name=info.name, offset=info.offset_data, size=info.size)
+                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     except (tarfile.TarError, OSError) as error:
         return members, f"tar cannot be read after {len(members)} members ({error})"
+    with open(path, "rb") as stream:  # tarfile takes a cut between members, or in a header, for the end
+        stream.seek(end)
+        if stream.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
+            return members, f"tar is cut after {len(members)} members (its end mark is missing)"
     return members, None
 
 

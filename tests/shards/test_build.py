@@ -1,0 +1,227 @@
+"""Promises of the builder: equal bytes, original bytes, resuming after a kill, and what WebDataset reads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import DataProblems, Dataset, build, decode_image, decode_mask, verify
+from tests.shards.conftest import make_category, picture, save
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+def shards(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shards", *map(str, arguments)]
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_builds_are_equal_to_the_byte(root: Path, tmp_path: Path) -> None:
+    build(root, tmp_path / "a", workers=1, progress=False)
+    build(root, tmp_path / "b", workers=2, progress=False)  # in worker processes, in whatever order
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert verify(tmp_path / "a") == []
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+def test_original_bytes_are_kept(tmp_path: Path, kind: str) -> None:
+    folder = make_category(tmp_path / "nut")
+    source = save(picture(77), folder / "train/good" / f"zz.{kind}")
+    build(folder, tmp_path / "out", workers=1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    shard, sample = dataset.manifest("nut").samples("train")[-1]
+    assert sample.image.name == f"train/good/zz.{kind}"
+    assert dataset.read("nut", shard, sample.image) == source.read_bytes()
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "bmp"), ("L", "png"), ("RGBA", "png"), ("L", "jpg"), ("P", "bmp")])
+def test_modes_and_formats_survive(tmp_path: Path, mode: str, kind: str) -> None:
+    folder = make_category(tmp_path / "nut")
+    source = save(picture(5, (33, 17), mode), folder / "train/good" / f"zz.{kind}")
+    build(folder, tmp_path / "out", workers=1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    shard, sample = dataset.manifest("nut").samples("train")[-1]
+    assert (sample.width, sample.height) == (33, 17)
+    stored = dataset.read("nut", shard, sample.image)
+    assert np.array_equal(decode_image(stored, 16), decode_image(source.read_bytes(), 16))
+
+
+def test_resize_stores_squares(root: Path, tmp_path: Path) -> None:
+    build(root, tmp_path / "out", ["nut"], resize=16, workers=1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    for shard, sample in dataset.manifest("nut").samples():
+        assert (sample.width, sample.height) == (16, 16) and sample.image.name.endswith(".png")
+        source = root / json.loads(read_sidecar(dataset, shard.name, sample.key))["source"]
+        stored = decode_image(dataset.read("nut", shard, sample.image), 16)
+        assert np.array_equal(stored, decode_image(source.read_bytes(), 16))
+    assert verify(tmp_path / "out") == []
+
+
+def read_sidecar(dataset: Dataset, shard: str, key: str) -> bytes:
+    import tarfile
+
+    with tarfile.open(Path(dataset.location) / "nut" / shard) as tar:
+        stream = tar.extractfile(f"{key}.json")
+        assert stream is not None
+        return stream.read()
+
+
+def test_shards_have_the_stated_size(tmp_path: Path) -> None:
+    folder = make_category(tmp_path / "nut", train=1)
+    noise = np.random.default_rng(0)
+    for index in range(7):
+        save(
+            Image.fromarray(noise.integers(0, 255, (400, 300, 3), dtype=np.uint8)), folder / f"train/good/n{index}.png"
+        )
+    build(folder, tmp_path / "out", shard_mb=1, workers=1, progress=False)
+    names = [shard.name for shard in Dataset.open(tmp_path / "out").manifest("nut").shards]
+    assert names == [*(f"train-{number:06d}.tar" for number in range(4)), "test-000000.tar"]  # 360 KB an image
+    # The payload is bounded by 1 MiB; headers and the tar's end come on top.
+    assert max(path.stat().st_size for path in (tmp_path / "out/nut").glob("*.tar")) < (1 << 20) + 30_000
+
+
+def test_plain_webdataset_reads_the_same_bytes(root: Path, tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    build(root, tmp_path / "out", ["nut"], workers=1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    manifest = dataset.manifest("nut")
+    for shard in manifest.shards:
+        url = str(dataset.shard("nut", shard))
+        read = list(wds.WebDataset(url, shardshuffle=False, empty_check=False))
+        assert [sample["__key__"] for sample in read] == [sample.key for sample in shard.samples]
+        for raw, sample in zip(read, shard.samples, strict=True):
+            assert raw[sample.image.name.rsplit(".", 1)[1]] == dataset.read("nut", shard, sample.image)
+            assert json.loads(raw["json"])["defect"] == sample.defect
+            assert ("mask.png" in raw) == (sample.mask is not None)
+            if sample.mask is not None:
+                assert raw["mask.png"] == dataset.read("nut", shard, sample.mask)
+                assert decode_mask(raw["mask.png"], 20).any()
+
+
+def test_up_to_date_is_skipped_and_other_input_refused(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(root, out, ["nut"], workers=1, progress=False)
+    before = {path: path.stat().st_mtime_ns for path in (out / "nut").iterdir()}
+    build(root, out, ["nut"], workers=1, progress=False)
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "nut").iterdir()}
+
+    save(picture(50), root / "nut/train/good/zz.png")
+    with pytest.raises(DataProblems, match="other input or options; pass --overwrite"):
+        build(root, out, ["nut"], workers=1, progress=False)
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "nut").iterdir()}
+    build(root, out, ["nut"], workers=1, overwrite=True, progress=False)
+    assert Dataset.open(out).manifest("nut").counts["train/good"] == 5
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "nut"]
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A category of many shards of 1 MiB, so that a build can be caught in the middle."""
+    folder = make_category(tmp_path / "nut", train=1)
+    pixels = np.random.default_rng(0).integers(0, 255, (640, 512, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    for index in range(24):
+        image.save(folder / f"train/good/n{index:02d}.png", compress_level=1)
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_build_resumes_from_its_finished_shards(
+    large: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "shards", "build", "--root", large, "--out", out, "--shard-mb", "1"]
+    process = subprocess.Popen(
+        list(map(str, [*command, "--workers", "2"])), cwd=CHECKOUT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 50
+    while len(list(out.glob(".building-nut/train-*.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, "the build ended before it could be interrupted"
+        time.sleep(0.005)
+    process.send_signal(how)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    if how == signal.SIGINT:
+        assert "the same command resumes" in errors and "Traceback" not in errors
+        assert not list(out.glob(".building-nut/.*.tmp"))
+    assert not (out / "nut").exists() and not (out / "manifest.json").exists()
+
+    finished = {path.stem: path.stat().st_ino for path in out.glob(".building-nut/train-*.json")}
+    build(large, out, shard_mb=1, workers=2, progress=False)
+    # A shard that was finished before is the same file still, not a new one of equal content.
+    tars = {name: (out / "nut" / f"{name}.json").stat().st_ino for name in finished}
+    assert tars == finished
+    build(large, tmp_path / "whole", shard_mb=1, workers=2, progress=False)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_damaged_finished_shard_is_written_again(large: Path, tmp_path: Path) -> None:
+    build(large, tmp_path / "whole", shard_mb=1, workers=1, progress=False)
+    out = tmp_path / "out"
+    out.mkdir()
+    building = out / ".building-nut"
+    (tmp_path / "whole/nut").rename(building)
+    plan = json.loads((building / "manifest.json").read_text())["plan"]
+    (building / "plan").write_text(plan)
+    good = (building / "train-000003.tar").read_bytes()
+    (building / "train-000003.tar").write_bytes(good[:-1000])
+    build(large, out, shard_mb=1, workers=1, progress=False)
+    assert (out / "nut/train-000003.tar").read_bytes() == good
+    assert verify(out) == []
+
+
+def test_two_builds_at_once_are_kept_apart(root: Path, tmp_path: Path) -> None:
+    from shards.files import locked
+
+    building = tmp_path / "out/.building-nut"
+    building.mkdir(parents=True)
+    with locked(building, wait=False), pytest.raises(DataProblems, match="another build is writing it"):
+        build(root, tmp_path / "out", ["nut"], workers=1, progress=False)
+
+
+def test_command_line(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = shards("build", "--root", root, "--out", out, "--textures", root / "nut/train", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert "3 categories" in done.stdout
+    assert shards("verify", out).returncode == 0
+    described = shards("describe", out, "--json")
+    assert [entry["category"] for entry in json.loads(described.stdout)] == ["bolt", "nut", "textures"]
+    assert shards("build", "--out", out).returncode == 2
+    assert shards("verify", tmp_path / "nowhere").returncode == 3
+
+    (root / "nut/ground_truth/scratch/000_mask.png").unlink()
+    failed = shards("build", "--root", root, "--out", tmp_path / "other", "--workers", 1)
+    assert failed.returncode == 3 and "defect without mask" in failed.stderr
+    broken = shards("verify", "--json", out / "nut")
+    assert broken.returncode == 3 and len(json.loads(broken.stdout)) == 1
+
+
+def test_building_and_verifying_need_no_torch(root: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, shards\n"
+        "root, out = map(pathlib.Path, sys.argv[1:])\n"
+        "shards.build(root, out, workers=1, progress=False)\n"
+        "assert shards.verify(out) == []\n"
+        "shards.procedural_textures(2, 16)\n"
+        "assert 'torch' not in sys.modules and 'webdataset' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program, root, tmp_path / "out"], cwd=CHECKOUT, check=True, timeout=60)
+
+
+@pytest.mark.skipif("WADS_REAL_DATA" not in os.environ, reason="WADS_REAL_DATA names no folder of real data sets")
+def test_real_data_builds(tmp_path: Path) -> None:
+    build(Path(os.environ["WADS_REAL_DATA"]), tmp_path / "out", progress=False)
+    assert len(Dataset.open(tmp_path / "out").categories) >= 1
+    assert verify(tmp_path / "out") == []

@@ -1,0 +1,170 @@
+"""What is found in a folder, and how every kind of bad input is named."""
+
+from pathlib import Path
+
+import pytest
+
+from shards import DataError, DataProblems, Dataset, build, build_textures
+from tests.shards.conftest import make_category, picture, save, square_mask
+
+
+def built(root: Path, out: Path) -> Dataset:
+    build(root, out, workers=1, progress=False)
+    return Dataset.open(out)
+
+
+def problems_of(root: Path, out: Path) -> list[str]:
+    with pytest.raises(DataProblems) as caught:
+        build(root, out, workers=1, progress=False)
+    return caught.value.problems
+
+
+def test_masks_with_and_without_suffix(root: Path, tmp_path: Path) -> None:
+    dataset = built(root, tmp_path / "out")
+    assert dataset.categories == ["bolt", "nut"]
+    for category in dataset.categories:
+        manifest = dataset.manifest(category)
+        assert manifest.counts == {"train/good": 4, "test/good": 2, "test/scratch": 2}
+        assert manifest.mean_size == (24, 20)
+        assert all((sample.mask is not None) != sample.is_normal for _, sample in manifest.samples())
+        assert [sample.key for _, sample in manifest.samples("test")] == [
+            "test/good/000",
+            "test/good/001",
+            "test/scratch/000",
+            "test/scratch/001",
+        ]
+
+
+def test_root_may_be_one_category(root: Path, tmp_path: Path) -> None:
+    assert built(root / "nut", tmp_path / "out").categories == ["nut"]
+
+
+def test_builds_into_one_folder_add_up(root: Path, tmp_path: Path) -> None:
+    build(root, tmp_path / "out", ["nut"], workers=1, progress=False)
+    assert Dataset.open(tmp_path / "out").categories == ["nut"]
+    build(root, tmp_path / "out", ["bolt"], workers=1, progress=False)
+    assert Dataset.open(tmp_path / "out").categories == ["bolt", "nut"]
+
+
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_plain_folder(tmp_path: Path, with_masks: bool) -> None:
+    folder = tmp_path / "product"
+    for index in range(10):
+        save(picture(index), folder / "good" / f"{index}.png")
+    save(picture(20), folder / "bad" / "a.png")
+    if with_masks:
+        save(square_mask(), folder / "masks" / "a.png")
+    manifest = built(folder, tmp_path / "out").manifest("product")
+    assert manifest.counts == {"train/good": 8, "test/good": 2, "test/bad": 1}
+    assert [sample.key for _, sample in manifest.samples("test") if sample.is_normal] == ["test/good/4", "test/good/9"]
+    assert [sample.mask is not None for _, sample in manifest.samples() if not sample.is_normal] == [with_masks]
+
+
+def test_textures_are_found_recursively_and_are_no_category(tmp_path: Path) -> None:
+    for name in ("banded/one.jpg", "banded/two.jpg", "dotted/one.png", "top.bmp"):
+        save(picture(len(name)), tmp_path / "dtd" / name)
+    build_textures(tmp_path / "dtd", tmp_path / "out", workers=1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.categories == [] and dataset.texture_banks == ["textures"]
+    manifest = dataset.manifest("textures")
+    assert manifest.kind == "textures"
+    assert [sample.key for _, sample in manifest.samples()] == [
+        "train/good/banded/one",
+        "train/good/banded/two",
+        "train/good/dotted/one",
+        "train/good/top",
+    ]
+
+
+def test_keys_hold_no_dots(tmp_path: Path) -> None:
+    folder = make_category(tmp_path / "data/nut")
+    save(picture(9), folder / "train/good" / "cam.1 left.jpg")
+    manifest = built(folder, tmp_path / "out").manifest("nut")
+    assert "train/good/cam_1_left" in [sample.key for _, sample in manifest.samples()]
+
+
+def test_unknown_category_and_empty_root(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataProblems, match=r"category 'screw': not in .*bolt, nut"):
+        build(root, tmp_path / "out", ["screw"], workers=1, progress=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no category found; expected"):
+        build(tmp_path / "empty", tmp_path / "out", progress=False)
+    with pytest.raises(DataError, match="no such folder"):
+        build(tmp_path / "nowhere", tmp_path / "out", progress=False)
+
+
+def spoil_unreadable(nut: Path) -> None:
+    path = nut / "train/good/001.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def spoil_mask_size(nut: Path) -> None:
+    save(square_mask((30, 20)), nut / "ground_truth/scratch/000_mask.png")
+
+
+def spoil_missing_mask(nut: Path) -> None:
+    (nut / "ground_truth/scratch/001_mask.png").unlink()
+
+
+def spoil_orphan_mask(nut: Path) -> None:
+    save(square_mask(), nut / "ground_truth/scratch/777_mask.png")
+
+
+def spoil_orphan_folder(nut: Path) -> None:
+    save(square_mask(), nut / "ground_truth/dent/000_mask.png")
+
+
+def spoil_empty(nut: Path) -> None:
+    for path in (nut / "train/good").iterdir():
+        path.unlink()
+
+
+def spoil_clash(nut: Path) -> None:
+    save(picture(3), nut / "train/good/000.png")
+
+
+def spoil_two_masks(nut: Path) -> None:
+    save(square_mask(), nut / "ground_truth/scratch/000.png")
+
+
+def spoil_sanitised_clash(nut: Path) -> None:
+    save(picture(3), nut / "train/good/a.b.png")
+    save(picture(3), nut / "train/good/a b.png")
+
+
+def spoil_empty_mask(nut: Path) -> None:
+    save(square_mask().point(lambda _: 0), nut / "ground_truth/scratch/000_mask.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (spoil_unreadable, "nut/train/good/001.jpg: is truncated or unreadable"),
+        (spoil_mask_size, "nut/ground_truth/scratch/000_mask.png: mask is 30×20 but its image"),
+        (spoil_missing_mask, "nut/test/scratch/001.png: defect without mask"),
+        (spoil_orphan_mask, "nut/ground_truth/scratch/777_mask.png: mask with no image"),
+        (spoil_orphan_folder, "nut/ground_truth/dent/000_mask.png: mask with no image"),
+        (spoil_empty, "nut: empty category"),
+        (spoil_clash, "nut/train/good/000.png: name clash with 000.jpg"),
+        (spoil_two_masks, "nut/test/scratch/000.png: name clash, two masks"),
+        (spoil_sanitised_clash, "nut/train/good/a.b.png: name clash with nut/train/good/a b.png"),
+        (spoil_empty_mask, "nut/ground_truth/scratch/000_mask.png: mask is empty"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(root: Path, tmp_path: Path, spoil, named: str) -> None:
+    spoil(root / "nut")
+    problems = problems_of(root, tmp_path / "out")
+    assert len([problem for problem in problems if problem.startswith(named)]) == 1, problems
+    # The good category is published all the same; of the bad one nothing is left.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bolt", "manifest.json"]
+
+
+def test_all_problems_are_named_in_one_pass(root: Path, tmp_path: Path) -> None:
+    for spoil in (spoil_unreadable, spoil_mask_size, spoil_missing_mask, spoil_orphan_mask, spoil_clash):
+        spoil(root / "nut")
+    assert len(problems_of(root, tmp_path / "out")) == 5
+
+
+def test_category_name_must_be_a_file_name(root: Path, tmp_path: Path) -> None:
+    (root / "nut").rename(root / "my nut?")
+    assert "not usable as a file name" in problems_of(root, tmp_path / "out")[0]

@@ -1,0 +1,130 @@
+"""Fault row 11: every way a shard goes bad is named, never silently accepted or read in part."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shards import DataError, Dataset, ShardEntry, build, verify
+from shards.files import sha256_file
+from shards.manifest import CategoryManifest, write_dataset_manifest
+
+SHARD = "nut/test-000000.tar"
+
+
+@pytest.fixture
+def out(root: Path, tmp_path: Path) -> Path:
+    build(root, tmp_path / "out", ["nut"], workers=1, progress=False)
+    return tmp_path / "out"
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """Write a tar again with some members changed, or left out where `change` gives None."""
+    with tarfile.open(path) as tar:
+        members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            if (new := change(name, data)) is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(new)
+                tar.addfile(info, io.BytesIO(new))
+
+
+def refused(out: Path) -> bool:
+    """Whether the reader refuses the shard whole."""
+    dataset = Dataset.open(out)
+    shard = next(shard for shard in dataset.manifest("nut").shards if shard.name == Path(SHARD).name)
+    try:
+        dataset.read("nut", shard, shard.samples[0].image)
+    except DataError:
+        return True
+    return False
+
+
+def test_a_good_data_set_has_no_problems(out: Path) -> None:
+    assert verify(out) == []
+
+
+def test_cut_at_a_member_boundary(out: Path) -> None:
+    with tarfile.open(out / SHARD) as tar:
+        boundary = tar.getmember("test/scratch/001.mask.png").offset
+    with open(out / SHARD, "r+b") as stream:
+        stream.truncate(boundary)  # after the image, before its mask
+    problems = verify(out)
+    assert any(f"{SHARD}: {boundary} bytes, the manifest says" in problem for problem in problems)
+    assert any(f"{SHARD}: tar is cut after" in problem for problem in problems)
+    assert f"{SHARD}: test/scratch/001 is incomplete, test/scratch/001.mask.png is missing" in problems
+    assert refused(out)
+
+
+def test_cut_in_a_header(out: Path) -> None:
+    with tarfile.open(out / SHARD) as tar:
+        offset = tar.getmember("test/scratch/001.png").offset
+    with open(out / SHARD, "r+b") as stream:
+        stream.truncate(offset + 100)
+    problems = verify(out)
+    assert f"{SHARD}: tar is cut after 7 members (its end mark is missing)" in problems
+    assert f"{SHARD}: test/scratch/001 is incomplete, test/scratch/001.png is missing" in problems
+    assert refused(out)
+
+
+def test_one_flipped_bit_of_a_payload(out: Path) -> None:
+    with tarfile.open(out / SHARD) as tar:
+        offset = tar.getmember("test/scratch/001.json").offset_data + 3  # no decoder would notice this one
+    data = bytearray((out / SHARD).read_bytes())
+    data[offset] ^= 1
+    (out / SHARD).write_bytes(data)
+    problems = verify(out)
+    assert len(problems) == 1 and f"{SHARD}: SHA-256 is" in problems[0]
+    assert refused(out)
+
+
+def test_a_missing_mask(out: Path) -> None:
+    rewrite(out / SHARD, lambda name, data: None if name == "test/scratch/000.mask.png" else data)
+    problems = verify(out)
+    assert any("the manifest says" in problem for problem in problems)
+    assert f"{SHARD}: test/scratch/000 is incomplete, test/scratch/000.mask.png is missing" in problems
+    assert refused(out)
+
+
+def test_a_missing_shard(out: Path) -> None:
+    (out / SHARD).unlink()
+    assert [problem.split(": ", 1)[1].split(";")[0] for problem in verify(out)] == ["missing"]
+
+
+def reseal(out: Path) -> None:
+    """Make the manifests agree with the changed shards again, as a foreign tool that rewrites both might."""
+    path = out / "nut/manifest.json"
+    manifest = CategoryManifest.model_validate_json(path.read_text())
+    shards: list[ShardEntry] = []
+    for shard in manifest.shards:
+        tar = out / "nut" / shard.name
+        shards.append(shard.model_copy(update={"sha256": sha256_file(tar), "bytes": tar.stat().st_size}))
+    path.write_text(CategoryManifest.of("nut", "images", shards, manifest.plan).to_json())
+    write_dataset_manifest(out)
+
+
+def test_a_truncated_jpeg_under_a_right_hash(out: Path) -> None:
+    shard = "nut/train-000000.tar"
+    # Of equal length, so that every offset still holds: only a decoder can tell.
+    rewrite(out / shard, lambda name, data: data[:300] + bytes(len(data) - 300) if name.endswith("002.jpg") else data)
+    reseal(out)
+    problems = verify(out)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{shard}: train/good/002.jpg is truncated or unreadable")
+
+
+def test_a_missing_mask_under_a_right_hash(out: Path) -> None:
+    rewrite(out / SHARD, lambda name, data: None if name == "test/scratch/001.mask.png" else data)
+    reseal(out)
+    assert f"{SHARD}: test/scratch/001 is incomplete, test/scratch/001.mask.png is missing" in verify(out)
+
+
+def test_a_broken_manifest(out: Path) -> None:
+    path = out / "nut/manifest.json"
+    path.write_text(path.read_text()[:200])
+    assert len(verify(out)) == 1 and "nut/manifest.json: not a usable manifest" in verify(out)[0]
+    (out / "manifest.json").write_text("{}")
+    assert "manifest.json: not a usable manifest" in verify(out)[0]
