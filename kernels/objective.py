@@ -110,7 +110,9 @@ def sparsity_kl(logits: Tensor, rho: float, form: Literal["area", "pixel"]) -> T
     return -entropy - rho * log_p - (1 - rho) * log_q
 
 
-def objective(x: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor, weights: ObjectiveWeights) -> ObjectiveTerms:
+def objective(
+    x: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor, weights: ObjectiveWeights
+) -> ObjectiveTerms:
     """The weighted sum and its four terms.
 
     Args:
@@ -123,7 +125,11 @@ def objective(x: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor, w
     mse = F.mse_loss(_full(reconstruction), _full(x))
     focal = focal_loss(logits, mask, weights.gamma).mean()
     kl = sparsity_kl(logits, weights.rho, weights.kl_form).mean()
-    total = weights.reconstruction * (weights.ssim * dissimilarity + weights.l2 * mse) + weights.focal * focal + weights.kl * kl
+    total = (
+        weights.reconstruction * (weights.ssim * dissimilarity + weights.l2 * mse)
+        + weights.focal * focal
+        + weights.kl * kl
+    )
     return ObjectiveTerms(total, dissimilarity.detach(), mse.detach(), focal.detach(), kl.detach())
 
 

@@ -210,9 +210,9 @@ def synthesise(
     # Only the samples that carry an anomaly pay for one.
     which = draws.anomalous.nonzero().squeeze(1)
     if len(which):
-        noise = perlin_noise(
-            seed, sample[which], draws.lattice[which], draws.angle[which], size, settings.lattice_max
-        )[:, None]
+        noise = perlin_noise(seed, sample[which], draws.lattice[which], draws.angle[which], size, settings.lattice_max)[
+            :, None
+        ]
         m = (noise > settings.threshold).float()
         texture = sample_affine(textures[draws.texture_index[which]], draws.texture_map[which], size)
         texture = (texture * draws.gain[which, :, None, None] + draws.bias[which, :, None, None]).clamp_(0, 1)

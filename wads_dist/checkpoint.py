@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from wads_dist.distributed import Ranks
 from wads_dist.errors import ResumeError
 from wads_dist.trainer import Trainer
 

@@ -136,7 +136,9 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     """
     total = len(dataset.manifest(category).samples("test"))
     if total == 0:
-        raise DataError(f"category {category!r} has no test images: nothing to evaluate; add test/good and test/<defect>")
+        raise DataError(
+            f"category {category!r} has no test images: nothing to evaluate; add test/good and test/<defect>"
+        )
     share = -(-total // ranks.world_size)
     sizes = config.data.store_size, config.data.image_size
     part = TestImages.load(dataset, category, *sizes, slice(ranks.rank * share, (ranks.rank + 1) * share))

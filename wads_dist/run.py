@@ -35,7 +35,15 @@ from wads_dist.worker import METRICS
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG, SUMMARY, CODE = "config.toml", "summary.json", "code.json"
 # Settings that may differ between a run and its continuation: none changes what is learnt.
-FREE_TO_CHANGE = ("run.", "data.cache", "data.categories", "data.root", "data.shards", "checkpoint.", "trainer.log_every")
+FREE_TO_CHANGE = (
+    "run.",
+    "data.cache",
+    "data.categories",
+    "data.root",
+    "data.shards",
+    "checkpoint.",
+    "trainer.log_every",
+)
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 20.0
 PREPARE_TIMEOUT = timedelta(hours=6)

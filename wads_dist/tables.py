@@ -15,7 +15,9 @@ def results_table(summary: dict[str, Any]) -> Table:
     """A row per category and one for the mean: scores, the trivial score they must beat, and the reconstructor's health."""
     caption = "trivial: the better of " + "; ".join(f"{name}: {text}" for name, text in DESCRIPTION.items())
     caption += ". SSIM of the reconstruction with normal test images, beside that of the mean training image; follows: "
-    caption += "pairs in which a reconstruction is more like its own input than like another image; spread: of the codes."
+    caption += (
+        "pairs in which a reconstruction is more like its own input than like another image; spread: of the codes."
+    )
     table = Table(title="Test split", caption=caption, caption_justify="left")
     table.add_column("category")
     for name in ("pixel\nAUROC", "pixel\nAP", "trivial\nAUROC", "trivial\nAP", "image\nAUROC"):
