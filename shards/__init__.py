@@ -4,7 +4,8 @@ build, build_textures, demo ─► OUT/<category>/{train,test}-000000.tar + mani
 """
 
 from shards.build import build, build_textures
-from shards.demo import DEMO_CATEGORIES, demo
+from shards.demo import demo
+from shards.demo_catalogue import DEMO_CATEGORIES
 from shards.errors import DataError, DataProblems
 from shards.images import decode_image, decode_mask
 from shards.manifest import CategoryManifest, DatasetManifest, Member, SampleEntry, ShardEntry

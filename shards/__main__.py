@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shards.build import build, build_textures
-from shards.demo import DEMO_CATEGORIES, demo
+from shards.demo import demo
+from shards.demo_catalogue import DEMO_CATEGORIES
 from shards.errors import DataError, DataProblems
 from shards.manifest import DatasetManifest
 from shards.source import Dataset

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from shards import DEMO_CATEGORIES, DataError, Dataset, decode_image, decode_mask, demo, procedural_textures, verify
-from shards.demo import _CATEGORIES, AREA, VISIBLE, DemoSample
+from shards.demo import AREA, VISIBLE, DemoSample
+from shards.demo_catalogue import CATALOGUE
 
 TINY = {"size": 64, "train": 3, "good": 2, "per_defect": 1, "progress": False}
 
@@ -30,14 +31,14 @@ def test_demo_is_deterministic_and_verifies(tmp_path: Path) -> None:
 
 def test_fifteen_categories_with_four_defects_each() -> None:
     assert len(DEMO_CATEGORIES) == 15 and all(name.startswith("demo_") for name in DEMO_CATEGORIES)
-    assert all(len(_CATEGORIES[name].defects) == 4 for name in DEMO_CATEGORIES)
+    assert all(len(CATALOGUE[name].defects) == 4 for name in DEMO_CATEGORIES)
     with pytest.raises(DataError, match="1 to 15"):
         demo(Path("unused"), 16)
 
 
 @pytest.mark.parametrize("name", DEMO_CATEGORIES)
 def test_masks_are_the_visible_change(name: str) -> None:
-    for defect in _CATEGORIES[name].defects:
+    for defect in CATALOGUE[name].defects:
         sample = DemoSample(name, "test", defect, 0, 128, 0)
         image, mask = sample.draw()
         assert mask is not None and AREA[0] <= mask.mean() <= AREA[1]
