@@ -5,6 +5,7 @@
 This file is the PyTorch form. Everything is computed in fp32 (fp64 for fp64 inputs) whatever the storage type.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -106,8 +107,7 @@ def sparsity_kl(logits: Tensor, rho: float, form: Literal["area", "pixel"]) -> T
         log_p, log_q = _log_mean_sigmoid(logits), _log_mean_sigmoid(-logits)
     else:
         log_p, log_q = F.logsigmoid(logits).mean(1), F.logsigmoid(-logits).mean(1)
-    entropy = torch.special.entr(torch.tensor([rho, 1 - rho], dtype=torch.float64)).sum().item()
-    return -entropy - rho * log_p - (1 - rho) * log_q
+    return rho * (math.log(rho) - log_p) + (1 - rho) * (math.log(1 - rho) - log_q)
 
 
 def objective(
@@ -139,4 +139,4 @@ def _full(x: Tensor) -> Tensor:
 
 def _log_mean_sigmoid(logits: Tensor) -> Tensor:
     """log of the mean of σ over the last dimension, without underflow however negative the logits are."""
-    return torch.logsumexp(F.logsigmoid(logits), -1) - torch.log(torch.tensor(float(logits.shape[-1]))).to(logits)
+    return torch.logsumexp(F.logsigmoid(logits), -1) - math.log(logits.shape[-1])

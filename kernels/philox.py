@@ -52,9 +52,10 @@ def philox(seed: int, purpose: Purpose, sample: Tensor, index: Tensor | int = 0)
     Returns:
         four int64 tensors of the broadcast shape with values in [0, 2**32).
     """
-    sample, index = torch.broadcast_tensors(sample, torch.as_tensor(index, dtype=torch.int64, device=sample.device))
+    points = torch.as_tensor(index, dtype=torch.int64, device=sample.device)
+    sample, points = torch.broadcast_tensors(sample, points)
     low = sample & _MASK
-    counter = (low, (sample >> 32) & _MASK, index & _MASK, torch.full_like(low, (seed >> 32) & _MASK))
+    counter = (low, (sample >> 32) & _MASK, points & _MASK, torch.full_like(low, (seed >> 32) & _MASK))
     return philox4x32(counter, (seed & _MASK, int(purpose)))
 
 

@@ -32,19 +32,17 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp16", "fp32"], device_t
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def deepspeed_config(config: Config, world_size: int, precision: Precision) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary to give to ``deepspeed.initialize`` for either engine; a new one at each call.
 
-    bf16 runs as ``torch_autocast`` over fp32 weights: the ``bf16`` block converts the whole module, which breaks
-    BatchNorm, whose buffers stay fp32. fp16 and fp32 write no block, so that DeepSpeed sees fp32 only: with fp16 the
-    modules open their own autocast and the trainer scales the loss, because the GradScaler that DeepSpeed 0.19 adds to
-    a float16 ``torch_autocast`` is never lowered after an overflow at ZeRO 1-3 (step() returns before
-    GradScaler.update()), clips gradients that are still scaled, and knows nothing of the other engine.
+    No precision block is written, and none is accepted: weights, gradients and optimisers are fp32 to DeepSpeed, the
+    networks open autocast themselves, and for fp16 the trainer scales the loss. DeepSpeed's ``bf16`` block breaks
+    BatchNorm, whose buffers stay fp32; its ``torch_autocast`` with float16 never lowers its scale after an overflow at
+    ZeRO 1 to 3 (step() returns before GradScaler.update()) and clips gradients that are still scaled.
 
     Args:
         config: the run's configuration.
         world_size: ranks that train this model together.
-        precision: what ``resolve_precision`` gave.
 
     Raises:
         ConfigError: the file is missing, is not JSON, or contradicts the configuration; names the file and the key.
@@ -73,10 +71,9 @@ def deepspeed_config(config: Config, world_size: int, precision: Precision) -> d
         "elasticity": "DeepSpeed removed elastic training",
     }
     problems += [f"{path}: {key} does not belong here: {why}" for key, why in owners.items() if key in settings]
-    for block in ("fp16", "bf16", "bfloat16", "amp"):
+    for block in ("fp16", "bf16", "bfloat16", "amp", "torch_autocast"):
         if _enabled(settings.get(block)):
-            problems.append(f"{path}: {block}.enabled does not belong here: use trainer.precision ({precision} here)")
-    problems += _autocast(settings, precision, path)
+            problems.append(f"{path}: {block}.enabled does not belong here: use trainer.precision")
 
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
@@ -85,26 +82,6 @@ def deepspeed_config(config: Config, world_size: int, precision: Precision) -> d
     if problems:
         raise ConfigError(problems)
     return settings
-
-
-def _autocast(settings: dict[str, Any], precision: Precision, path: Path) -> list[str]:
-    """Set the ``torch_autocast`` block, for bf16 only; what in the file contradicts it."""
-    block = settings.pop("torch_autocast", {})
-    if not isinstance(block, dict):
-        return [f"{path}: torch_autocast must be an object, not {block!r}"]
-    wanted = precision == "bf16"
-    remedy = f"but trainer.precision is {precision}; remove it from the file"
-    problems = []
-    if "enabled" in block and block["enabled"] is not wanted:
-        problems.append(f"{path}: torch_autocast.enabled is {block['enabled']!r}, {remedy}")
-    if wanted and block.get("dtype", "bfloat16") not in ("bfloat16", "bf16", "torch.bfloat16"):
-        problems.append(f"{path}: torch_autocast.dtype is {block['dtype']!r}, {remedy}")
-    if wanted:
-        # DeepSpeed *communicates* the gradients of "safe" modules in bf16. Ours are small enough for fp32, and then
-        # the sum over ranks hardly depends on how many there are.
-        modules = block.get("lower_precision_safe_modules", [])
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": modules}
-    return problems
 
 
 def _enabled(block: Any) -> bool:

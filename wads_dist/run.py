@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
-from torch.distributed import TCPStore
 
 from shards.build import build
 from shards.errors import DataError
@@ -56,7 +56,7 @@ class Launch:
     rank: int = 0
     world_size: int = 1
     address: str = "127.0.0.1"
-    store: TCPStore | None = None
+    store: dist.TCPStore | None = None
 
     @classmethod
     def from_environment(cls) -> "Launch":
@@ -65,7 +65,9 @@ class Launch:
         if world == 1:
             return cls()
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, world, is_master=rank == 0, wait_for_workers=False, timeout=PREPARE_TIMEOUT)
+        store = dist.TCPStore(
+            address, port, world, is_master=rank == 0, wait_for_workers=False, timeout=PREPARE_TIMEOUT
+        )
         return cls(rank, world, address, store)
 
     @property

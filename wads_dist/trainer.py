@@ -112,7 +112,7 @@ class Trainer:
         torch.manual_seed(config.trainer.seed)
         wads = Wads(config.model, config.data.image_size, self.precision).to(ranks.device)
         discriminator = Discriminator(config.data.image_size, config.model.width, self.precision).to(ranks.device)
-        settings = deepspeed_config(config, ranks.world_size, self.precision)
+        settings = deepspeed_config(config, ranks.world_size)
         quiet = {key: value for key, value in settings.items() if key not in MONITORS}
         rate, betas = config.trainer.learning_rate, config.trainer.betas
         self.gs = engines.initialize(wads, engines.adam(wads, rate, betas), settings)

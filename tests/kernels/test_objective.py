@@ -1,0 +1,119 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_msssim import ssim as msssim_ssim
+from skimage.metrics import structural_similarity
+from torchvision.ops import sigmoid_focal_loss
+
+from kernels.objective import ObjectiveWeights, focal_loss, objective, sparsity_kl, ssim
+
+
+def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(shape, generator=generator, dtype=torch.float64)
+    y = (x + 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+    return x.to(dtype), y.to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40, 33), (1, 1, 11, 11), (2, 3, 17, 131)])
+def test_ssim_is_pytorch_msssims_and_skimages(shape: tuple[int, ...]) -> None:
+    x, y = pair(shape)
+    ours = ssim(x, y)
+    # Their window is made in float32, so they agree to its rounding.
+    assert torch.allclose(ours, msssim_ssim(x, y, data_range=1.0, size_average=False), atol=1e-6)
+    for n in range(shape[0]):
+        _, full = structural_similarity(
+            x[n].numpy(), y[n].numpy(), data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+            channel_axis=0, full=True, win_size=11,
+        )  # fmt: skip
+        assert ours[n].item() == pytest.approx(np.mean(full[:, 5:-5, 5:-5]), abs=1e-6)
+
+
+def test_ssim_in_fp32_does_not_cancel_on_a_bright_smooth_image() -> None:
+    ramp = torch.linspace(0.95, 0.951, 64, dtype=torch.float64).expand(1, 3, 64, 64)
+    other = ramp + 1e-4 * torch.randn(ramp.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = ssim(ramp, other)
+    assert torch.allclose(ssim(ramp.float(), other.float()).double(), exact, atol=2e-5)
+
+
+def test_ssim_of_an_image_with_itself_is_one_and_small_images_are_refused() -> None:
+    x, _ = pair((2, 3, 32, 32))
+    assert torch.allclose(ssim(x, x), torch.ones(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="at least 11x11"):
+        ssim(x[..., :10, :], x[..., :10, :])
+
+
+def test_ssim_is_computed_in_fp32_under_autocast() -> None:
+    x, y = pair((1, 3, 32, 32), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ssim(x, y), ssim(x.clone(), y.clone()))
+        inside = ssim(x, y)
+    assert torch.allclose(inside, ssim(x, y), atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 1.0, 2.0])
+def test_focal_is_torchvisions(gamma: float) -> None:
+    logits = 4 * torch.randn(3, 1, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = (logits.roll(3, -1) > 2).double()
+    expected = sigmoid_focal_loss(logits, mask, alpha=-1, gamma=gamma, reduction="none").flatten(1).mean(1)
+    assert torch.allclose(focal_loss(logits, mask, gamma), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("form", ["area", "pixel"])
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+def test_extreme_logits_stay_finite(gamma: float, form: str, truth: float) -> None:
+    logits = torch.tensor([-60.0, 60.0]).repeat_interleave(128).view(1, 1, 16, 16).requires_grad_()
+    loss = focal_loss(logits, torch.full_like(logits, truth), gamma) + sparsity_kl(logits, 0.1, form)  # type: ignore[arg-type]
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert torch.isfinite(loss).all() and torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("value", [-60.0, 60.0])
+def test_area_kl_is_finite_where_everything_is_predicted_alike(value: float) -> None:
+    logits = torch.full((2, 1, 16, 16), value, requires_grad=True)
+    sparsity_kl(logits, 0.1, "area").sum().backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+
+
+def test_kl_is_the_divergence_of_two_coins() -> None:
+    rho, p = 0.1, torch.tensor([0.02, 0.1, 0.7], dtype=torch.float64)
+    logits = torch.logit(p).view(3, 1, 1, 1).expand(3, 1, 4, 4)
+    expected = rho * (rho / p).log() + (1 - rho) * ((1 - rho) / (1 - p)).log()
+    for form in ("area", "pixel"):
+        assert torch.allclose(sparsity_kl(logits, rho, form), expected)  # type: ignore[arg-type]
+    assert sparsity_kl(logits, rho, "area")[1].item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_area_kl_looks_at_the_mean_and_pixel_kl_at_every_pixel() -> None:
+    half = torch.tensor([-20.0, math.log(0.2 / 0.8)], dtype=torch.float64).repeat(8).view(1, 1, 4, 4)  # mean p = 0.1
+    assert sparsity_kl(half, 0.1, "area").item() == pytest.approx(0.0, abs=1e-6)
+    assert sparsity_kl(half, 0.1, "pixel").item() > 0.5
+
+
+def test_total_is_the_weighted_sum_and_differentiable() -> None:
+    x, y = pair((2, 3, 24, 24))
+    y.requires_grad_()
+    logits = torch.randn(2, 1, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    mask = (logits.detach() > 1).double()
+    weights = ObjectiveWeights(reconstruction=3.0, ssim=0.5, l2=2.0, focal=4.0, kl=0.7)
+    terms = objective(x, y, logits, mask, weights)
+    expected = 3 * (0.5 * terms.dissimilarity + 2 * terms.mse) + 4 * terms.focal + 0.7 * terms.kl
+    assert terms.total.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert terms.mse.item() == pytest.approx(F.mse_loss(x, y).item()) and not terms.mse.requires_grad
+    assert torch.autograd.gradcheck(
+        lambda y, z: objective(x[:1, :, :12, :12], y, z, mask[:1, :, :12, :12], weights).total,
+        (y[:1, :, :12, :12].detach().requires_grad_(), logits[:1, :, :12, :12].detach().requires_grad_()),
+    )
+
+
+def test_nan_in_nan_out() -> None:
+    x, y = pair((1, 3, 16, 16), torch.float32)
+    y[0, 0, 3, 3] = math.nan
+    logits = torch.zeros(1, 1, 16, 16)
+    terms = objective(x, y, logits, logits, ObjectiveWeights())
+    assert terms.total.isnan() and terms.dissimilarity.isnan() and terms.mse.isnan()
