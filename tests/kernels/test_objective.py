@@ -98,7 +98,9 @@ def test_area_kl_looks_at_the_mean_and_pixel_kl_at_every_pixel() -> None:
 def test_total_is_the_weighted_sum_and_differentiable() -> None:
     x, y = pair((2, 3, 24, 24))
     y.requires_grad_()
-    logits = torch.randn(2, 1, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    logits = torch.randn(
+        2, 1, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True
+    )
     mask = (logits.detach() > 1).double()
     weights = ObjectiveWeights(reconstruction=3.0, ssim=0.5, l2=2.0, focal=4.0, kl=0.7)
     terms = objective(x, y, logits, mask, weights)

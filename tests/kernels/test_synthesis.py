@@ -81,7 +81,7 @@ def test_draws_stay_in_their_ranges() -> None:
     assert draws.lattice.unique().tolist() == [0, 1, 2, 3, 4, 5]
     assert draws.image_index.unique().tolist() == list(range(28))
     assert draws.texture_index.unique().tolist() == list(range(5))
-    assert 0 <= draws.beta.min() and draws.beta.max() < settings.blend_max
+    assert draws.beta.min() >= 0 and draws.beta.max() < settings.blend_max
     # An unrotated crop lies within the image: |centre| + side ≤ 1.
     assert (draws.image_map[:, :, 2].abs() + scale[:, None] <= 1 + 1e-6).all()
 

@@ -1,0 +1,63 @@
+"""What tests of several files share: real ranks, and a small data set."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child: this checkout's packages, this interpreter's programs, and CPU ranks."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return inherited | {"PYTHONPATH": str(REPOSITORY), "PATH": path, "DS_ACCELERATOR": "cpu"} | extra
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs a program of ``tests/wads_dist/programs`` as ``world`` real ranks; returns what each printed, in rank order."""
+
+    def run(program: str, world: int, *arguments: str, timeout: float = 400, accelerator: str = "cpu") -> list[str]:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = str(listener.getsockname()[1])
+        script = REPOSITORY / "tests/wads_dist/programs" / program
+        logs = [tmp_path / f"{program}-{rank}.log" for rank in range(world)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            env = environment(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                DS_ACCELERATOR=accelerator,
+            )
+            with log.open("wb") as out:
+                ranks.append(subprocess.Popen([sys.executable, script, *arguments], env=env, stdout=out, stderr=out))
+        try:
+            codes = [process.wait(timeout) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        printed = [log.read_text() for log in logs]
+        assert codes == [0] * world, "\n".join(f"--- rank {r}: {t[-3000:]}" for r, t in enumerate(printed))
+        return printed
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small demo categories: 8 training images, 3 good and 4 defective test images each, 64 pixels."""
+    from shards.demo import demo
+
+    out = tmp_path_factory.mktemp("demo") / "shards"
+    demo(out, categories=2, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)
+    return out

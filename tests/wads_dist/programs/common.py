@@ -1,0 +1,66 @@
+"""What the programs that run as real ranks share: a small trainer on images made here."""
+
+import os
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from kernels.synthesis import Batch, synthesise
+from wads_dist.config import Config, load_config
+from wads_dist.data import synthesis_settings
+from wads_dist.distributed import Ranks
+from wads_dist.trainer import Trainer
+
+torch.set_num_threads(1)
+
+
+class Samples:
+    """TrainingData's ``batch`` over seeded random images; the sample ids of ``bad`` come out as NaN."""
+
+    def __init__(self, config: Config, bad: frozenset[int] = frozenset()) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = config.data.store_size
+        self.images = torch.randint(0, 256, (6, 3, size, size), generator=generator, dtype=torch.uint8)
+        self.settings, self.seed, self.bad = synthesis_settings(config), config.trainer.seed, bad
+
+    def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
+        images = self.images.to(sample.device)
+        batch = synthesise(images, images, sample, self.seed, self.settings)
+        for i, index in enumerate(sample.tolist()):
+            if index in self.bad:
+                batch.anomalous[i] = float("nan")
+        return batch
+
+
+def small_config(*overrides: str) -> Config:
+    """8 samples a step at 64 pixels, narrow networks, fp32."""
+    fixed = (
+        "--data.shards none --data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 "
+        "--model.fpn_width 32 --model.latent 16 --trainer.samples 800 --trainer.global_batch_size 8 --trainer.precision fp32"
+    )
+    return load_config([*fixed.split(), *overrides])
+
+
+def join() -> Ranks:
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.init_distributed(
+        deepspeed.accelerator.get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
+    )
+    return Ranks.from_environment()
+
+
+def small_trainer(ranks: Ranks, *overrides: str, bad: frozenset[int] = frozenset()) -> Trainer:
+    config = small_config(*overrides)
+    trainer = Trainer(config, ranks, Samples(config, bad))  # type: ignore[arg-type]
+    for engine in trainer.both:
+        engine.train()
+    return trainer
+
+
+def leave() -> None:
+    """Ends the process without gloo's teardown, which a peer that has already gone can abort."""
+    import sys
+
+    sys.stdout.flush()
+    os._exit(0)

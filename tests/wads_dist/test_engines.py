@@ -1,0 +1,65 @@
+"""Two engines against plain PyTorch, in real processes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from wads_dist.engines import LossScale, ParameterAverage, frozen
+
+Run = Callable[..., list[str]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_take_the_step_of_plain_pytorch_at_every_zero_stage(run_ranks: Run, accumulation: int) -> None:
+    printed = run_ranks("gradient_equality.py", 2, "0,1,2,3", str(accumulation))[0]
+    print(printed)
+    assert printed.count("worst relative difference") == 8  # four stages, SGD and Adam
+
+
+@pytest.mark.slow
+def test_a_rejected_step_leaves_nothing_behind(run_ranks: Run) -> None:
+    printed = run_ranks("rejected_steps.py", 2, "0,1,2,3")[0]
+    assert printed.count("nothing left behind") == 4
+
+
+def test_loss_scale_halves_on_overflow_and_grows_after_good_steps() -> None:
+    scale = LossScale(scale=8.0, dynamic=True, interval=3)
+    scale.update(finite=False)
+    assert scale.scale == 4
+    for _ in range(3):
+        scale.update(finite=True)
+    assert scale.scale == 8
+    restored = LossScale(dynamic=True)
+    restored.load_state_dict(scale.state_dict())
+    assert (restored.scale, restored.good_steps) == (8, 3)
+    fixed = LossScale()
+    fixed.update(finite=False)
+    assert fixed.scale == 1
+
+
+def test_frozen_lets_gradients_through_but_takes_none() -> None:
+    net, x = nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
+    with frozen(net):
+        net(x).backward()
+    assert x.grad is not None and net.weight.grad is None and net.weight.requires_grad
+
+
+def test_moving_average() -> None:
+    net = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        net.weight.fill_(0.0)
+        average = ParameterAverage(net, 0.9)
+        net.weight.fill_(1.0)
+        average.update(net, 1000)
+    assert average.shadow[0].item() == pytest.approx(0.1)
+    with average.applied(net):
+        assert net.weight.item() == pytest.approx(0.1)
+    assert net.weight.item() == 1.0
+
+
+@pytest.mark.gpu
+def test_an_fp16_overflow_in_either_engine_skips_both(run_ranks: Run) -> None:
+    assert "both skipped" in run_ranks("fp16_overflow.py", 1, accelerator="cuda")[0]
