@@ -15,11 +15,12 @@ from wads_dist import engines
 from wads_dist.models import Discriminator, Wads
 from wads_dist.trainer import to_channels_last
 
-# Plain SGD at rate 1 shows a wrong scale that Adam would hide. The weights keep a step of that size from exploding, which
+# Plain SGD at rate 1 shows a wrong scale that Adam would hide. The weights keep steps of that size from exploding, which
 # would turn fp32 rounding into differences.
-SGD_WEIGHTS = (
-    "--objective.reconstruction.weight 0.05 --objective.focal.weight 0.05 --objective.adversarial.weight 0.02".split()
-)
+SGD_WEIGHTS = [
+    *("--objective.reconstruction.weight", "0.01", "--objective.focal.weight", "0.02"),
+    *("--objective.adversarial.weight", "0.01", "--objective.latent.weight", "0.01"),
+]
 STEPS = 3
 
 

@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from wads_dist.config import ModelConfig
+from wads_dist.errors import ModelWeightsError
+from wads_dist.models import Discriminator, Segmenter, Wads, load_backbone
+
+SMALL = ModelConfig(backbone="resnet18", width=8, fpn_width=32, latent=200)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_shapes_and_ranges(size: int) -> None:
+    x = torch.rand(2, 3, size, size)
+    reconstruction, logits, code, anomalous_code = Wads(SMALL, size)(x, x, True)
+    assert reconstruction.shape == x.shape and reconstruction.min() >= 0 and reconstruction.max() <= 1
+    assert logits.shape == (2, 1, size, size)
+    assert code.shape == anomalous_code.shape == (2, 200)
+    feature, logit = Discriminator(size, 8)(x)
+    assert feature.shape[-2:] == (4, 4) and logit.shape == (2,)
+
+
+def test_the_discriminator_and_the_generator_have_no_batch_statistics() -> None:
+    wads = Wads(SMALL, 64)
+    for net in (wads.generator, Discriminator(64, 8)):
+        assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
+    x = torch.rand(4, 3, 64, 64)
+    assert torch.allclose(wads.generator.encode(x)[:2], wads.generator.encode(x[:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_every_parameter_gets_a_gradient(precision: str, detach: bool) -> None:
+    """Under autocast too: half-precision weights cached under no_grad would cut the encoder off."""
+    torch.manual_seed(0)
+    wads = Wads(SMALL, 64, precision)
+    x = torch.rand(2, 3, 64, 64)
+    reconstruction, logits, code, anomalous_code = wads(x, x.flip(0), detach)
+    assert code.requires_grad == (not detach)
+    (reconstruction.float().mean() + logits.float().mean() + anomalous_code.float().pow(2).mean()).backward()
+    without = [n for n, p in wads.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_segmentation_gradients_stop_at_the_generator_when_told_to() -> None:
+    x = torch.rand(2, 3, 64, 64)
+    for reach in (True, False):
+        wads = Wads(SMALL.model_copy(update={"segmenter_gradient": reach}), 64)
+        wads(x, x, True)[1].mean().backward()
+        assert any(p.grad is not None and p.grad.any() for p in wads.generator.decoder.parameters()) == reach
+
+
+def test_frozen_batchnorm_keeps_its_statistics() -> None:
+    segmenter = Segmenter("resnet18", 32, freeze_batchnorm=True).train()
+    before = {n: b.clone() for n, b in segmenter.named_buffers()}
+    segmenter(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64))
+    assert all(torch.equal(b, before[n]) for n, b in segmenter.named_buffers())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_pretrained_weights_of_a_local_file(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(3)
+    source = torchvision.models.resnet18(weights=None)
+    path = tmp_path / f"resnet18{suffix}"
+    save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
+    segmenter = Segmenter("resnet18", 32, str(path))
+    assert torch.equal(segmenter.stages[0][0].conv1.weight, source.layer1[0].conv1.weight)
+    image = torch.rand(1, 3, 64, 64)
+    stem = segmenter.stem[0](torch.cat([image, image], 1))
+    assert torch.allclose(stem, source.conv1(image), atol=1e-5)  # beside a perfect reconstruction nothing has changed
+
+
+def test_weights_that_cannot_be_had_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelWeightsError, match="no such file"):
+        load_backbone("resnet18", str(tmp_path / "none.pth"))
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ModelWeightsError, match="does not hold torchvision's resnet18"):
+        load_backbone("resnet18", str(tmp_path / "other.pth"))
+
+    def offline(weights: str | None) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "resnet18", offline)
+    with pytest.raises(ModelWeightsError, match=r"could not download.*--model.weights random"):
+        load_backbone("resnet18", "imagenet")
