@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from wads_dist.config import Config, load_config
-from wads_dist.errors import ExitCode, exit_code
+from wads_dist.errors import EXPLAINED, exit_code
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -31,11 +31,8 @@ def main(action: Callable[[Config], int], argv: Sequence[str] | None = None) -> 
     try:
         check_checkout()
         return action(load_config(argv))
-    except (Exception, KeyboardInterrupt) as error:
-        code = exit_code(error)
-        if code == ExitCode.CRASHED:
-            raise
+    except EXPLAINED as error:
         if first:
             text = str(error) or "interrupted; the same command goes on from the last checkpoint"
             Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
-        return code
+        return exit_code(error)

@@ -43,6 +43,10 @@ class NotFiniteError(WadsError):
     exit_code = ExitCode.NOT_FINITE
 
 
+EXPLAINED = (WadsError, DataError, ConfigError, KeyboardInterrupt)
+"""Errors whose message is enough; any other is a defect of ours and keeps its traceback."""
+
+
 def exit_code(error: BaseException) -> ExitCode:
     """The exit code for an error that ended a command."""
     if isinstance(error, WadsError):

@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -28,7 +27,9 @@ from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, config_difference, load_config
-from wads_dist.errors import ExitCode, ResumeError
+from wads_dist.distributed import Ranks
+from wads_dist.errors import ExitCode, ResumeError, exit_code
+from wads_dist.evaluate import evaluate, load_model
 from wads_dist.tables import results_table
 from wads_dist.worker import METRICS
 
@@ -151,7 +152,6 @@ def train_run(config: Config) -> int:
 
 def prepare(config: Config, launch: Launch) -> tuple[str, list[str]]:
     """Builds shards where only images were given, opens the run's folder, and settles what is to be trained."""
-    error = ""
     plan: dict[str, Any] = {}
     if launch.is_first:
         try:
@@ -159,13 +159,14 @@ def prepare(config: Config, launch: Launch) -> tuple[str, list[str]]:
             dataset = Dataset.open(location, cache=config.data.cache)
             plan = {"location": location, "categories": chosen_categories(config, dataset)}
             open_run(config)
-        except Exception as failure:
-            error = f"{type(failure).__name__}"
-            launch.share("plan", json.dumps({"error": error}))
+        except BaseException as error:
+            launch.share("plan", json.dumps({"refused": exit_code(error)}))
+            launch.leave()
             raise
     plan = json.loads(launch.share("plan", json.dumps(plan)))
-    if "error" in plan:
-        raise SystemExit(ExitCode.CRASHED)  # the first rank says what was wrong
+    if "refused" in plan:
+        launch.leave()
+        raise SystemExit(plan["refused"])  # the first rank says what was wrong
     return plan["location"], plan["categories"]
 
 
@@ -298,17 +299,15 @@ def summarise(run: Path, outcome: Outcome) -> dict[str, Any]:
     return {"categories": categories, "mean": mean_of(list(categories.values())), "failed": outcome.failed}
 
 
-def mean_of(tree: list[dict[str, Any]]) -> dict[str, Any]:
-    """Element-wise mean of the numbers that all trees hold; a number missing (None) in one is left out."""
-    if not tree:
-        return {}
+def mean_of(trees: list[dict[str, Any]]) -> dict[str, Any]:
+    """Element-wise mean of the numbers in ``trees``, each over the trees that have it (None: not defined there)."""
     result: dict[str, Any] = {}
-    for key, value in tree[0].items():
-        values = [t.get(key) for t in tree]
-        if isinstance(value, dict):
-            result[key] = mean_of([v for v in values if isinstance(v, dict)])
-        elif all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            result[key] = sum(float(v) for v in values if v is not None) / len(values)
+    for key in trees[0] if trees else ():
+        values = [tree[key] for tree in trees if tree.get(key) is not None]
+        if values and all(isinstance(value, dict) for value in values):
+            result[key] = mean_of(values)
+        elif values and all(isinstance(value, int | float) for value in values):
+            result[key] = sum(values) / len(values)
     return result
 
 
@@ -319,17 +318,8 @@ def _status(outcome: Outcome) -> int:
     return only.pop() if len(outcome.failed) == 1 and not outcome.done else ExitCode.CATEGORY_FAILED
 
 
-def machine() -> str:
-    """Device and libraries in one line, for tables and reports."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{device}, torch {torch.__version__}"
-
-
 def evaluate_run(config: Config) -> int:
     """Scores the finished categories of ``config.run.dir`` again, in this process, and rewrites their numbers."""
-    from wads_dist.distributed import Ranks
-    from wads_dist.evaluate import evaluate, load_model
-
     location = locate_shards(config)
     dataset = Dataset.open(location, cache=config.data.cache)
     ranks = Ranks.from_environment()

@@ -21,7 +21,7 @@ from wads_dist import checkpoint
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData
 from wads_dist.distributed import Ranks
-from wads_dist.errors import ExitCode, exit_code
+from wads_dist.errors import EXPLAINED, ExitCode, exit_code
 from wads_dist.evaluate import evaluate, load_model, save_weights
 from wads_dist.figures import save_samples
 from wads_dist.trainer import Losses, Trainer
@@ -183,12 +183,9 @@ def main() -> int:
     try:
         config = load_config(["--config", str(arguments.run / "config.toml")])
         train_category(config, arguments.shards, arguments.category, arguments.run)
-    except (Exception, KeyboardInterrupt) as error:
-        code = exit_code(error)
-        if code == ExitCode.CRASHED:
-            raise
+    except EXPLAINED as error:
         print(f"{arguments.category}, rank {os.environ.get('RANK', 0)}: {error or 'interrupted'}", file=sys.stderr)
-        return code
+        return exit_code(error)
     return ExitCode.OK
 
 

@@ -22,7 +22,7 @@ def config(*overrides: str) -> Config:
 def batches(shards: Path, world_size: int, mode: str, steps: int = 4, batch: int = 12) -> tuple[list[int], Tensor]:
     """The ids and the anomalous images that ``world_size`` ranks together see, put in global order."""
     data = [
-        TrainingData(config("--data.mode", mode), Dataset.open(shards), "demo_washer", CPU) for _ in range(world_size)
+        TrainingData(config("--data.mode", mode), Dataset.open(shards), "demo_biscuit", CPU) for _ in range(world_size)
     ]
     ids: list[int] = []
     pixels = []
@@ -46,7 +46,7 @@ def test_samples_are_identical_for_one_and_two_ranks_resident_and_streaming(demo
 
 
 def test_streaming_keeps_a_bounded_number_of_images(demo_shards: Path) -> None:
-    data = TrainingData(config("--data.mode", "streaming"), Dataset.open(demo_shards), "demo_washer", CPU)
+    data = TrainingData(config("--data.mode", "streaming"), Dataset.open(demo_shards), "demo_biscuit", CPU)
     data.images.cached = 3  # type: ignore[attr-defined]
     for start in range(0, 20, 2):
         data.batch(torch.arange(start, start + 2), torch.arange(start + 2, start + 4))
@@ -65,18 +65,18 @@ def test_ranks_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_shard_is_named_before_training(demo_shards: Path, tmp_path: Path, mode: str) -> None:
     copy = tmp_path / "shards"
     shutil.copytree(demo_shards, copy)
-    shard = copy / "demo_washer" / "train-000000.tar"
+    shard = copy / "demo_biscuit" / "train-000000.tar"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError, match=r"train-000000\.tar"):
-        TrainingData(config("--data.mode", mode), Dataset.open(copy), "demo_washer", CPU)
+        TrainingData(config("--data.mode", mode), Dataset.open(copy), "demo_biscuit", CPU)
 
 
 def test_test_images_in_parts_are_the_whole(demo_shards: Path) -> None:
     dataset = Dataset.open(demo_shards)
-    whole = TestImages.load(dataset, "demo_washer", 64, 64, slice(0, 100))
-    parts = [TestImages.load(dataset, "demo_washer", 64, 64, slice(i, i + 3)) for i in range(0, 9, 3)]
+    whole = TestImages.load(dataset, "demo_biscuit", 64, 64, slice(0, 100))
+    parts = [TestImages.load(dataset, "demo_biscuit", 64, 64, slice(i, i + 3)) for i in range(0, 9, 3)]
     assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
     assert torch.equal(whole.masks, torch.cat([p.masks for p in parts]))
     assert whole.masks.flatten(1).any(1).tolist() == [d != "good" for d in whole.defects]
@@ -84,9 +84,9 @@ def test_test_images_in_parts_are_the_whole(demo_shards: Path) -> None:
 
 def test_mean_image_is_the_mean_over_all_training_images(demo_shards: Path) -> None:
     dataset = Dataset.open(demo_shards)
-    data = TrainingData(config(), dataset, "demo_washer", CPU)
+    data = TrainingData(config(), dataset, "demo_biscuit", CPU)
     expected = data.images.images.float().mean(0) / 255  # type: ignore[attr-defined]
-    assert torch.allclose(mean_image(dataset, "demo_washer", 64, 64, chunk=3), expected, atol=1e-5)
+    assert torch.allclose(mean_image(dataset, "demo_biscuit", 64, 64, chunk=3), expected, atol=1e-5)
 
 
 def test_texture_bank_of_a_folder_and_its_misuse(demo_shards: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_texture_bank_of_a_folder_and_its_misuse(demo_shards: Path, tmp_path: Pa
 
     images = tmp_path / "images"
     images.mkdir()
-    with tarfile.open(demo_shards / "demo_weave" / "train-000000.tar") as tar:
+    with tarfile.open(demo_shards / "demo_leafplate" / "train-000000.tar") as tar:
         for member in tar.getmembers()[:12]:
             if member.name.endswith("0.png"):
                 payload = tar.extractfile(member)
@@ -105,4 +105,4 @@ def test_texture_bank_of_a_folder_and_its_misuse(demo_shards: Path, tmp_path: Pa
     assert bank.shape[1:] == (3, 32, 32) and len(bank) >= 1
     assert texture_bank(None, tmp_path, 32, CPU).shape == (64, 3, 32, 32)
     with pytest.raises(DataError, match="not a texture bank"):
-        texture_bank(str(demo_shards / "demo_weave"), tmp_path, 32, CPU)
+        texture_bank(str(demo_shards / "demo_leafplate"), tmp_path, 32, CPU)

@@ -1,0 +1,175 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import REPOSITORY, environment
+from wads_dist.config import Config, load_config
+from wads_dist.entry import main
+from wads_dist.errors import ExitCode
+from wads_dist.run import Launch, evaluate_run, first_cause, mean_of, open_run, train_run
+
+SMALL = (
+    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
+    "--model.latent 16 --trainer.global_batch_size 8 --trainer.samples 48 --trainer.log_every 1"
+).split()
+
+
+def command(shards: Path, run: Path, *more: str) -> list[str]:
+    return ["--data.shards", str(shards), "--run.dir", str(run), *SMALL, *more]
+
+
+def launch(arguments: list[str], ranks: int | None = None, timeout: float = 400) -> "subprocess.CompletedProcess[str]":
+    """``launch/train.py``, under DeepSpeed's launcher when ``ranks`` is given."""
+    program = [sys.executable] if ranks is None else ["deepspeed", "--num_accelerators", str(ranks)]
+    return subprocess.run(
+        [*program, "launch/train.py", *arguments],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+def events(run: Path, category: str) -> list[dict[str, object]]:
+    path = run / category / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.mark.slow
+def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = launch(command(demo_shards, run), ranks=2)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    summary = json.loads((run / "summary.json").read_text())
+    assert len(summary["categories"]) == 2 and summary["failed"] == {}
+    for name, metrics in summary["categories"].items():
+        assert metrics["samples"] == 48 and metrics["world_size"] == 2
+        for key in ("pixel_auroc", "pixel_ap", "image_auroc", "image_ap", "image_f1_max"):
+            assert 0 <= metrics[key] <= 1
+        assert metrics["images_per_second"] > 0 and metrics["seconds"] > 0
+        assert {"pixel_auroc", "pixel_ap"} <= metrics["trivial"].keys()
+        assert {"ssim", "mean_image_ssim", "follows_input", "code_spread"} <= metrics["reconstruction"].keys()
+        assert (run / name / "samples.png").read_bytes()[:4] == b"\x89PNG"
+        assert json.loads((run / name / "metrics.json").read_text()) == metrics
+        assert [e["samples"] for e in events(run, name) if e["event"] == "step"] == [8, 16, 24, 32, 40, 48]
+    mean = summary["mean"]["pixel_auroc"]
+    assert mean == pytest.approx(sum(m["pixel_auroc"] for m in summary["categories"].values()) / 2)
+    assert load_config(["--config", str(run / "config.toml")]).trainer.samples == 48
+    assert "commit" in json.loads((run / "code.json").read_text())
+    assert "pixel" in first.stdout and str(run) in first.stdout.replace("\n", "")
+
+    again = launch(command(demo_shards, run), ranks=2)
+    assert again.returncode == 0 and again.stdout.count("done already") == 2
+    assert json.loads((run / "summary.json").read_text()) == summary
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(demo_shards: Path, tmp_path: Path) -> None:
+    """Weights, BatchNorm buffers and moving average of a run killed between checkpoints, against the unbroken run's."""
+    options = ["--data.categories", "demo_biscuit", "--checkpoint.every_steps", "2", "--trainer.ema", "0.9"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert launch(command(demo_shards, whole, *options)).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "launch/train.py", *command(demo_shards, broken, *options)],
+        cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not any(e["event"] == "checkpoint" for e in events(broken, "demo_biscuit")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (broken / "demo_biscuit" / "metrics.json").exists()
+    resumed = launch(command(demo_shards, broken, *options))
+    assert resumed.returncode == 0 and "resumed at sample" in resumed.stdout
+    a, b = (load_file(run / "demo_biscuit" / "weights.safetensors") for run in (whole, broken))
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    ids = [e["samples"] for e in events(broken, "demo_biscuit") if e["event"] in ("start", "resume")]
+    assert ids[0] == 0 and len(ids) == 2 and 0 < int(str(ids[1])) < 48  # it did go on, and not from the start
+
+
+@pytest.mark.slow
+def test_a_category_that_fails_is_named_and_costs_the_others_nothing(demo_shards: Path, tmp_path: Path) -> None:
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(demo_shards, shards)
+    damaged = shards / "demo_biscuit" / "train-000000.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-2000])
+    result = launch(command(shards, run))
+    assert result.returncode == ExitCode.CATEGORY_FAILED
+    assert "train-000000.tar" in result.stderr and "demo_biscuit failed" in result.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["categories"]) == ["demo_leafplate"] and summary["failed"] == {
+        "demo_biscuit": ExitCode.BAD_DATA
+    }
+
+    shutil.copy(demo_shards / "demo_biscuit" / "train-000000.tar", damaged)
+    repaired = launch(command(shards, run))
+    assert repaired.returncode == 0 and "demo_leafplate: done already" in repaired.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--trainer.sample", "4"], ExitCode.BAD_CONFIG, "did you mean trainer.samples?"),
+        ([], ExitCode.BAD_CONFIG, "nothing to train on"),
+        (["--data.shards", "no/such/folder"], ExitCode.BAD_DATA, "no/such/folder"),
+        (["--data.root", "no/such/folder"], ExitCode.BAD_DATA, "data.root no/such/folder: no such folder"),
+    ],
+)
+def test_wrong_input_is_explained(
+    arguments: list[str], code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_run, [*arguments, "--run.dir", str(tmp_path / "run")]) == code
+    assert text in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_category_is_refused_with_the_known_ones(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data.shards", str(demo_shards), "--run.dir", str(tmp_path), "--data.categories", "bottle"]
+    assert main(train_run, arguments) == ExitCode.BAD_DATA
+    assert "bottle" in (text := capsys.readouterr().err) and "demo_biscuit, demo_leafplate" in text
+
+
+def test_a_run_with_other_settings_is_refused_with_the_difference(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config(*more: str) -> Config:
+        return load_config(command(demo_shards, tmp_path, *more))
+
+    open_run(config())
+    open_run(config("--checkpoint.keep", "5"))  # changes nothing that is learnt
+    assert main(train_run, command(demo_shards, tmp_path, "--trainer.seed", "1")) == ExitCode.REFUSED_RESUME
+    assert "trainer.seed: 0 → 1" in capsys.readouterr().err
+
+
+def test_evaluating_what_has_not_been_trained_is_explained(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(evaluate_run, command(demo_shards, tmp_path)) == ExitCode.CRASHED
+    assert "has not finished training" in capsys.readouterr().err
+
+
+def test_the_first_cause_explains_a_failure() -> None:
+    assert first_cause([0, 0]) == 0
+    assert first_cause([-15, ExitCode.BAD_DATA]) == ExitCode.BAD_DATA
+    assert first_cause([-15, 1]) == 1
+    assert first_cause([-9, 0]) == 137
+
+
+def test_mean_of_nested_numbers_leaves_out_what_is_missing() -> None:
+    trees = [{"a": 1.0, "b": {"c": 2, "name": "x"}, "d": None}, {"a": 3.0, "b": {"c": 4, "name": "y"}, "d": 5.0}]
+    assert mean_of(trees) == {"a": 2.0, "b": {"c": 3.0}, "d": 5.0}
+    assert mean_of([]) == {}
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    launch = Launch.from_environment()
+    assert launch.is_first and launch.share("key", "value") == "value" and launch.everyone("k", "1") == ["1"]
