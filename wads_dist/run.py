@@ -242,6 +242,8 @@ def supervise(config: Config, launch: Launch, location: str, category: str) -> i
         "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
         "MASTER_ADDR": launch.address,
         "MASTER_PORT": port,
+        # torch and DeepSpeed deprecate each other's calls; a user can do nothing about it.
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, "-m", "wads_dist.worker", "--run", str(config.run.dir), "--category", category]

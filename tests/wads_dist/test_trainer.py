@@ -1,0 +1,75 @@
+import itertools
+import math
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wads_dist.config import load_config
+from wads_dist.errors import NotFiniteError
+from wads_dist.trainer import MAX_REJECTED_IN_A_ROW, Losses, Progress, Trainer, adversarial_loss, discriminator_loss
+from wads_dist.trainer import learning_rate as rate
+
+
+@pytest.mark.parametrize("form", ["bce_feature", "non_saturating", "feature_l2"])
+def test_adversarial_forms(form: str) -> None:
+    feature, real, logit = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2)
+    feature.requires_grad_()
+    logit.requires_grad_()
+    loss = adversarial_loss(form, (feature, logit), real)
+    expected = {
+        "bce_feature": F.binary_cross_entropy(torch.sigmoid(feature), torch.sigmoid(real)),
+        "non_saturating": -torch.sigmoid(logit).log().mean(),
+        "feature_l2": (feature - real).pow(2).mean(),
+    }[form]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert real.grad is None  # the real feature is a target
+    assert (logit.grad is not None) == (form == "non_saturating")
+
+
+def test_discriminator_loss_is_the_mean_of_two_cross_entropies() -> None:
+    real, fake = torch.randn(5), torch.randn(5)
+    expected = (-torch.sigmoid(real).log().mean() - (1 - torch.sigmoid(fake)).log().mean()) / 2
+    assert discriminator_loss(real, fake).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_learning_rate_is_a_function_of_the_position() -> None:
+    base = "--data.shards x --trainer.samples 1000 --trainer.global_batch_size 10 --trainer.learning_rate 0.1".split()
+    assert rate(load_config(base), 990) == 0.1
+    config = load_config([*base, "--trainer.schedule", "cosine", "--trainer.warmup", "0.1"])
+    rates = [rate(config, position) for position in range(0, 1000, 10)]
+    assert rates[0] == pytest.approx(0.01) and rates[9] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(0.1 * (0.01 + 0.99 / 2)) and 0.001 <= rates[-1] < 0.0012
+
+
+def test_losses_average_over_micro_batches() -> None:
+    losses = Losses()
+    losses.add(a=torch.tensor(1.0), b=torch.tensor(0.0))
+    losses.add(a=torch.tensor(3.0), b=torch.tensor(1.0))
+    assert losses.means() == {"a": 2.0, "b": 0.5}
+
+
+def test_training_gives_up_after_many_rejected_steps_and_names_the_samples() -> None:
+    trainer = SimpleNamespace(progress=Progress(), config=load_config(["--data.shards", "x"]))
+    for step in range(MAX_REJECTED_IN_A_ROW - 1):
+        Trainer._count(trainer, True, step * 64)  # type: ignore[arg-type]
+    Trainer._count(trainer, False, 0)  # type: ignore[arg-type]
+    assert trainer.progress.rejected_in_a_row == 0 and trainer.progress.rejected == MAX_REJECTED_IN_A_ROW - 1
+    with pytest.raises(NotFiniteError, match="samples 1216 to 1279"):
+        for step in range(MAX_REJECTED_IN_A_ROW):
+            Trainer._count(trainer, True, step * 64)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_losses_fall_with_resnet50_at_full_size(run_ranks: Callable[..., list[str]]) -> None:
+    """200 samples at 128² with the default backbone: the mean of the last five steps lies below that of the first five."""
+    printed = run_ranks("resnet50.py", 1)[0]
+    first, last = (float(v) for v in re.search(r"total (\S+) -> (\S+)", printed).groups())  # type: ignore[union-attr]
+    segmentation = [float(v) for v in re.search(r"focal (\S+) -> (\S+)", printed).groups()]  # type: ignore[union-attr]
+    print(printed)
+    assert math.isfinite(last) and last < 0.9 * first and segmentation[1] < segmentation[0]
