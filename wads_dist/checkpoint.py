@@ -36,9 +36,13 @@ def write_text(path: Path, text: str) -> None:
 
 def random_state() -> dict[str, Any]:
     """State of every generator a library might draw from; the data path draws from none of them."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -47,7 +51,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def save(trainer: Trainer, folder: Path, fingerprint: str) -> Path:
@@ -83,7 +87,9 @@ def save(trainer: Trainer, folder: Path, fingerprint: str) -> Path:
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         write_text(folder / LATEST, final.name)
-        for old in sorted(folder.glob("step-*"))[: -trainer.config.checkpoint.keep]:
+        # A crash before the pointer moved can have left a later step than this one: it must not push this one out.
+        others = [old for old in sorted(folder.glob("step-*")) if old != final]
+        for old in others[: max(0, len(others) + 1 - trainer.config.checkpoint.keep)]:
             shutil.rmtree(old)
     ranks.barrier()
     return final
@@ -112,15 +118,17 @@ def resume(trainer: Trainer, folder: Path, fingerprint: str) -> bool:
             f"{meta['world_size']}, or another --run.dir to start anew."
         )
     for name, engine in zip(ENGINES, trainer.both, strict=True):
-        engine.load_checkpoint(str(final / name), tag=TAG)
+        loaded, _ = engine.load_checkpoint(str(final / name), tag=TAG)
+        if loaded is None:
+            raise ResumeError(f"{final / name} could not be loaded; remove {final} and point {pointer} to another step")
     # Ours, in a folder whose DeepSpeed files are unpickled anyway.
-    own = torch.load(final / f"rank-{ranks.rank:05d}.pt", map_location=ranks.device, weights_only=False)
+    own = torch.load(final / f"rank-{ranks.rank:05d}.pt", map_location="cpu", weights_only=False)
     with torch.no_grad():
         for name, buffer in trainer.gs.module.named_buffers():
             buffer.copy_(own["buffers"][name])
         if trainer.ema:
             torch._foreach_copy_(trainer.ema.shadow, own["ema"])
-    restore_random_state({k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in own["random"].items()})
+    restore_random_state(own["random"])
     trainer.progress.load_state_dict(meta["progress"])
     trainer.loss_scale.load_state_dict(meta["loss_scale"])
     return True

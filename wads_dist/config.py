@@ -79,9 +79,15 @@ class DataConfig(_Section):
     )
     store_size: int = Field(256, ge=64, description="side in pixels at which images are kept, before crops are taken")
     image_size: int = Field(
-        128, ge=64, multiple_of=32, description="side in pixels of the samples, the predictions and the scores"
+        128, ge=64, description="side in pixels of the samples, the predictions and the scores; a power of two"
     )
-    epoch_samples: int = Field(20_000, ge=1, description="samples drawn for each category in one epoch")
+
+    @field_validator("image_size")
+    @classmethod
+    def _halves_down_to_four(cls, size: int) -> int:
+        if size & (size - 1):
+            raise ValueError("must be a power of two (64, 128, 256, ...): the encoder halves it down to 4")
+        return size
 
     @field_validator("cache")
     @classmethod
@@ -111,7 +117,7 @@ class SynthesisConfig(_Section):
         0.8, ge=0, le=1, description="opacity of the normal image within the mask: beta ~ U(0, this), Eq 3.1"
     )
     lattice_max: int = Field(
-        5, ge=0, le=10, description="Perlin lattices have 2^k cells a side, k ~ U{0..this}, drawn for each axis"
+        5, ge=0, le=7, description="Perlin lattices have 2^k cells a side, k ~ U{0..this}, drawn for each axis"
     )
     threshold: float = Field(0.5, gt=-1, lt=1, description="Perlin noise above this is the mask")
     texture_jitter: float = Field(
@@ -235,7 +241,10 @@ class TrainerConfig(_Section):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: the node's cores / its ranks")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")
-    deterministic: bool = Field(False, description="bitwise repeatable on a GPU as well, at some cost in speed")
+    deterministic: bool = Field(
+        False,
+        description="deterministic GPU operations where torch has them, at some cost in speed (CPUs always are)",
+    )
 
     @field_validator("betas")
     @classmethod

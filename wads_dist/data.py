@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -110,19 +111,31 @@ class StreamedImages:
         return images, torch.arange(len(wanted), device=self.device)
 
 
-def texture_bank(location: str | None, cache: "os.PathLike[str]", size: int, device: torch.device) -> Tensor:
-    """uint8 [T, 3, size, size] on the device: the bank at ``location``, or the procedural one."""
+def open_texture_bank(location: str | None, cache: Path) -> tuple[Dataset, str] | None:
+    """The data set and the name of the bank at ``location`` (none: the procedural bank).
+
+    Raises:
+        DataError: there is no texture bank; says how to make one.
+    """
     if location is None:
-        return torch.from_numpy(procedural_textures(size=size)).to(device)
+        return None
     folder, _, name = location.rstrip("/").rpartition("/")
-    dataset = Dataset.open(folder or ".", cache=cache)  # type: ignore[arg-type]
-    manifest = dataset.manifest(name)
-    if manifest.kind != "textures":
+    dataset = Dataset.open(folder or ".", cache=cache)
+    if dataset.manifest(name).kind != "textures":
         raise DataError(
             f"data.textures = {location!r} holds images of a category, not a texture bank; make one with "
             f"`python -m shards build --textures DIR --out OUT` and give OUT/textures"
         )
-    return decode_entries(dataset, name, manifest.samples(), size).to(device)
+    return dataset, name
+
+
+def texture_bank(location: str | None, cache: Path, size: int, device: torch.device) -> Tensor:
+    """uint8 [T, 3, size, size] on the device: the bank at ``location``, or the procedural one."""
+    bank = open_texture_bank(location, cache)
+    if bank is None:
+        return torch.from_numpy(procedural_textures(size=size)).to(device)
+    dataset, name = bank
+    return decode_entries(dataset, name, dataset.manifest(name).samples(), size).to(device)
 
 
 def synthesis_settings(config: Config) -> SynthesisSettings:

@@ -47,8 +47,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not JSON, or contradicts the configuration; names the file and the key.
     """
-    path = _find(config.trainer.deepspeed)
-    settings = _read(path)
+    path, settings = read_settings(config)
     micro, accumulation = resolve_batches(config, world_size)
     problems: list[str] = []
 
@@ -79,9 +78,25 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
+    for block in ("offload_optimizer", "offload_param"):
+        if isinstance(zero, dict) and (zero.get(block) or {}).get("device", "none") != "none":
+            problems.append(
+                f"{path}: zero_optimization.{block} is not supported: gradients would be out of reach of the check that "
+                "decides whether a step is taken"
+            )
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def read_settings(config: Config) -> tuple[Path, dict[str, Any]]:
+    """DeepSpeed's file as it stands, and where it was found.
+
+    Raises:
+        ConfigError: there is none, or it is not a JSON object.
+    """
+    path = _find(config.trainer.deepspeed)
+    return path, _read(path)
 
 
 def _enabled(block: Any) -> bool:

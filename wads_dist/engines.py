@@ -55,7 +55,8 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict
 
 def adam(module: nn.Module, learning_rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
     """Adam as a torch object: an Adam named in DeepSpeed's JSON means FusedAdam and a compiler at start-up."""
-    return torch.optim.Adam(module.parameters(), lr=learning_rate, betas=betas, fused=True)
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.Adam(trainable, lr=learning_rate, betas=betas, fused=True)
 
 
 def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
@@ -109,6 +110,13 @@ def local_parameters(module: nn.Module) -> list[Tensor]:
     return [p.ds_tensor.data if hasattr(p, "ds_tensor") else p.data for p in module.parameters()]
 
 
+def release_gathered(module: nn.Module) -> None:
+    """ZeRO-3 keeps small parameters gathered between steps; without this, a later gather would not look at the partitions."""
+    sharded = [p for p in module.parameters() if hasattr(p, "ds_tensor")]
+    if sharded:
+        sharded[0].partition(sharded, has_been_updated=False)  # type: ignore[attr-defined]
+
+
 class ParameterAverage:
     """Exponential moving average of the weights, kept on what each rank holds, so that it works at every ZeRO stage."""
 
@@ -126,10 +134,12 @@ class ParameterAverage:
     def applied(self, module: nn.Module) -> Iterator[None]:
         """The module holds the averaged weights inside."""
         own = [p.clone() for p in local_parameters(module)]
+        release_gathered(module)
         torch._foreach_copy_(local_parameters(module), self.shadow)
         try:
             yield
         finally:
+            release_gathered(module)
             torch._foreach_copy_(local_parameters(module), own)
 
 

@@ -114,6 +114,10 @@ class Segmenter(nn.Module):
             nn.Conv2d(quarter + 6, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 1, 3, padding=1)
         )
         self.freeze_batchnorm = freeze_batchnorm
+        if freeze_batchnorm:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.requires_grad_(False)
         # Defects are rare: starting at p = 0.02 keeps the first steps from spending themselves on the background.
         nn.init.constant_(self.head[-1].bias, -math.log(1 / 0.02 - 1))  # type: ignore[arg-type]
 
@@ -222,10 +226,6 @@ def widen_to_pairs(conv: nn.Conv2d, keep: bool) -> nn.Conv2d:
     else:
         nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
     return wide
-
-
-def parameter_count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:

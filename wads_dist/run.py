@@ -8,18 +8,16 @@ import hashlib
 import json
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 
 from shards.build import build
@@ -27,14 +25,17 @@ from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, config_difference, load_config
+from wads_dist.data import open_texture_bank
+from wads_dist.deepspeed_config import deepspeed_config, read_settings, resolve_precision
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ExitCode, ResumeError, exit_code
 from wads_dist.evaluate import evaluate, load_model
+from wads_dist.rendezvous import Launch, free_port
 from wads_dist.tables import results_table
 from wads_dist.worker import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIG, SUMMARY, CODE = "config.toml", "summary.json", "code.json"
+CONFIG, DEEPSPEED, SUMMARY, CODE = "config.toml", "deepspeed.json", "summary.json", "code.json"
 # Settings that may differ between a run and its continuation: none changes what is learnt.
 FREE_TO_CHANGE = (
     "run.",
@@ -47,64 +48,6 @@ FREE_TO_CHANGE = (
 )
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 20.0
-PREPARE_TIMEOUT = timedelta(hours=6)
-
-
-@dataclass
-class Launch:
-    """The launched ranks, and the store they agree through (none for a single process)."""
-
-    rank: int = 0
-    world_size: int = 1
-    address: str = "127.0.0.1"
-    store: dist.TCPStore | None = None
-
-    @classmethod
-    def from_environment(cls) -> "Launch":
-        """Reads what the DeepSpeed launcher, torchrun or srun set; without a launcher, one rank."""
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if world == 1:
-            return cls()
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(
-            address, port, world, is_master=rank == 0, wait_for_workers=False, timeout=PREPARE_TIMEOUT
-        )
-        return cls(rank, world, address, store)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def share(self, key: str, value: str | None) -> str:
-        """The first rank's ``value`` on every rank."""
-        if self.store is None:
-            assert value is not None
-            return value
-        if self.is_first:
-            self.store.set(key, value or "")
-        return self.store.get(key).decode()
-
-    def everyone(self, key: str, value: str = "") -> list[str]:
-        """Waits for all ranks; returns each one's ``value`` in rank order."""
-        if self.store is None:
-            return [value]
-        self.store.set(f"{key}/{self.rank}", value or "-")
-        return [self.store.get(f"{key}/{r}").decode() for r in range(self.world_size)]
-
-    def leave(self) -> None:
-        """The first rank hosts the store, so it goes last."""
-        if self.store is None:
-            return
-        self.store.set(f"left/{self.rank}", "")
-        if self.is_first:
-            self.store.wait([f"left/{r}" for r in range(self.world_size)])
-
-    def raise_flag(self, key: str) -> None:
-        if self.store is not None:
-            self.store.set(key, "1")
-
-    def flag_is_up(self, key: str) -> bool:
-        return self.store is not None and self.store.check([key])
 
 
 @dataclass
@@ -114,11 +57,13 @@ class Outcome:
     done: list[str] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    @property
+    def status(self) -> int:
+        """The exit code: a lone category's own, else one that says that some failed."""
+        if not self.failed:
+            return ExitCode.OK
+        lone = len(self.failed) == 1 and not self.done
+        return next(iter(self.failed.values())) if lone else ExitCode.CATEGORY_FAILED
 
 
 def train_run(config: Config) -> int:
@@ -130,6 +75,7 @@ def train_run(config: Config) -> int:
     config.require_data()
     launch = Launch.from_environment()
     location, categories = prepare(config, launch)
+    launch.prepared()
     outcome = Outcome()
     console = Console()
     for category in categories:
@@ -145,9 +91,10 @@ def train_run(config: Config) -> int:
             outcome.failed[category] = code
             if launch.is_first:
                 console.print(f"[red]{category}: failed with exit code {code}[/red]", highlight=False)
-    status = conclude(config, outcome, console) if launch.is_first else ExitCode.OK
+    if launch.is_first:
+        conclude(config, outcome, console)
     launch.leave()
-    return status if launch.is_first or not outcome.failed else _status(outcome)
+    return outcome.status
 
 
 def prepare(config: Config, launch: Launch) -> tuple[str, list[str]]:
@@ -157,8 +104,10 @@ def prepare(config: Config, launch: Launch) -> tuple[str, list[str]]:
         try:
             location = locate_shards(config)
             dataset = Dataset.open(location, cache=config.data.cache)
-            plan = {"location": location, "categories": chosen_categories(config, dataset)}
-            open_run(config)
+            categories = chosen_categories(config, dataset)
+            check_settings(config, launch.world_size)
+            open_run(config, {name: dataset.index.categories[name].fingerprint for name in categories})
+            plan = {"location": location, "categories": categories}
         except BaseException as error:
             launch.share("plan", json.dumps({"refused": exit_code(error)}))
             launch.leave()
@@ -187,24 +136,48 @@ def locate_shards(config: Config) -> str:
 
 def chosen_categories(config: Config, dataset: Dataset) -> list[str]:
     """The categories to train, in the order given (``all``: in the data set's)."""
-    if config.data.categories == ["all"]:
-        return list(dataset.categories)
-    missing = [c for c in config.data.categories if c not in dataset.categories]
+    names = list(dataset.categories if config.data.categories == ["all"] else config.data.categories)
+    missing = [c for c in names if c not in dataset.categories]
     if missing:
         raise DataError(
             f"data.categories: {', '.join(missing)} not in {dataset.location}; it has {', '.join(dataset.categories)}"
         )
-    return list(config.data.categories)
+    untested = [c for c in names if not dataset.index.categories[c].test]
+    if untested:
+        raise DataError(
+            f"{dataset.location}: no test images of {', '.join(untested)}; there would be nothing to score after training. "
+            f"Add test/good and test/<defect>, or leave the category out of data.categories"
+        )
+    return names
 
 
-def open_run(config: Config) -> None:
+def check_settings(config: Config, world_size: int) -> None:
+    """Finds what every worker would fail on, before the first one starts.
+
+    Raises:
+        ConfigError, DataError: batch and ranks, DeepSpeed's file, precision, or the texture bank do not work.
+    """
+    deepspeed_config(config, world_size)
+    resolve_precision(config.trainer.precision, get_accelerator().device_name())
+    open_texture_bank(config.data.textures, config.data.cache)
+
+
+def open_run(config: Config, fingerprints: dict[str, str]) -> None:
     """Creates the run's folder and records configuration and code, or checks that it belongs to this configuration.
 
     Raises:
-        ResumeError: the folder's run has other settings; shows them.
+        ResumeError: the folder's run has other settings, or finished categories of other data; shows them.
     """
     folder = config.run.dir
     record = folder / CONFIG
+    settings = json.dumps(read_settings(config)[1], indent=1, sort_keys=True)
+    for category, fingerprint in fingerprints.items():
+        check_fingerprint(folder / category / METRICS, fingerprint)
+    if (folder / DEEPSPEED).is_file() and (folder / DEEPSPEED).read_text() != settings:
+        raise ResumeError(
+            f"{config.trainer.deepspeed} is not what this run was started with ({folder / DEEPSPEED} has it): restore it, "
+            "or give another --run.dir"
+        )
     if record.is_file():
         changed = [
             line
@@ -219,7 +192,17 @@ def open_run(config: Config) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(record, config.to_toml())
+    write_text(folder / DEEPSPEED, settings)
     write_text(folder / CODE, json.dumps(code_version(), indent=1))
+
+
+def check_fingerprint(metrics: Path, fingerprint: str) -> None:
+    """Raises ResumeError if the numbers in ``metrics`` are of other data than ``fingerprint``'s."""
+    if metrics.is_file() and (of := json.loads(metrics.read_text())["fingerprint"]) != fingerprint:
+        raise ResumeError(
+            f"{metrics} is of data with fingerprint {of[:12]}, the data now has {fingerprint[:12]}: give the same shards, "
+            "or another --run.dir"
+        )
 
 
 def code_version() -> dict[str, str]:
@@ -283,22 +266,22 @@ def stop(worker: "subprocess.Popen[bytes]") -> None:
             worker.wait()
 
 
-def conclude(config: Config, outcome: Outcome, console: Console) -> int:
+def conclude(config: Config, outcome: Outcome, console: Console) -> None:
     """Writes ``summary.json``, prints the table and says where everything is."""
-    summary = summarise(config.run.dir, outcome)
+    summary = summarise(config.run.dir, outcome.failed)
     write_text(config.run.dir / SUMMARY, json.dumps(summary, indent=1))
     if summary["categories"]:
         console.print(results_table(summary))
     console.print(f"Run: {config.run.dir}  (summary.json; per category metrics.json, samples.png)", highlight=False)
     for name, code in outcome.failed.items():
         console.print(f"[red]{name} failed (exit code {code})[/red]; the same command tries it again", highlight=False)
-    return _status(outcome)
 
 
-def summarise(run: Path, outcome: Outcome) -> dict[str, Any]:
-    """``metrics.json`` of every finished category, and the means of what they share."""
-    categories = {name: json.loads((run / name / METRICS).read_text()) for name in outcome.done}
-    return {"categories": categories, "mean": mean_of(list(categories.values())), "failed": outcome.failed}
+def summarise(run: Path, failed: dict[str, int]) -> dict[str, Any]:
+    """``metrics.json`` of every category the run has finished so far, by whichever command, and their mean."""
+    paths = sorted(run.glob(f"*/{METRICS}"))
+    categories = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    return {"categories": categories, "mean": mean_of(list(categories.values())), "failed": failed}
 
 
 def mean_of(trees: list[dict[str, Any]]) -> dict[str, Any]:
@@ -313,22 +296,23 @@ def mean_of(trees: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _status(outcome: Outcome) -> int:
-    if not outcome.failed:
-        return ExitCode.OK
-    only = set(outcome.failed.values())
-    return only.pop() if len(outcome.failed) == 1 and not outcome.done else ExitCode.CATEGORY_FAILED
-
-
 def evaluate_run(config: Config) -> int:
-    """Scores the finished categories of ``config.run.dir`` again, in this process, and rewrites their numbers."""
-    location = locate_shards(config)
-    dataset = Dataset.open(location, cache=config.data.cache)
-    ranks = Ranks.from_environment()
-    outcome = Outcome()
+    """Scores the finished categories of ``config.run.dir`` again, in this process, and rewrites their numbers.
+
+    Raises:
+        WadsError, ResumeError: a category that was named has no weights, or was trained on other data.
+    """
+    config.require_data()
+    dataset = Dataset.open(locate_shards(config), cache=config.data.cache)
+    device = Ranks.from_environment().device
+    named = config.data.categories != ["all"]
     for category in chosen_categories(config, dataset):
         path = config.run.dir / category / METRICS
-        evaluation = evaluate(load_model(path.parent, config, ranks.device), config, dataset, category, ranks)
+        if not named and not path.is_file():
+            continue
+        model = load_model(path.parent, config, device)
+        check_fingerprint(path, dataset.manifest(category).fingerprint)
+        evaluation = evaluate(model, config, dataset, category, Ranks(0, 1, 0, 1, device))
         write_text(path, json.dumps(json.loads(path.read_text()) | evaluation.metrics, indent=1))
-        outcome.done.append(category)
-    return conclude(config, outcome, Console())
+    conclude(config, Outcome(), Console())
+    return ExitCode.OK

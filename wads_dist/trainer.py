@@ -93,7 +93,7 @@ def learning_rate(config: Config, position: int) -> float:
     trainer = config.trainer
     done = min(position / trainer.samples, 1.0)
     if done < trainer.warmup:
-        return trainer.learning_rate * (done + trainer.global_batch_size / trainer.samples) / trainer.warmup
+        return trainer.learning_rate * min(1.0, (done + trainer.global_batch_size / trainer.samples) / trainer.warmup)
     if trainer.schedule == "constant":
         return trainer.learning_rate
     after = (done - trainer.warmup) / (1 - trainer.warmup)
@@ -108,7 +108,6 @@ class Trainer:
         self.config, self.ranks, self.data = config, ranks, data
         self.precision = resolve_precision(config.trainer.precision, ranks.device.type)
         self.micro_batch_size, self.accumulation = resolve_batches(config, ranks.world_size)
-        self.total_steps = math.ceil(config.trainer.samples / config.trainer.global_batch_size)
         torch.manual_seed(config.trainer.seed)
         wads = Wads(config.model, config.data.image_size, self.precision).to(ranks.device)
         discriminator = Discriminator(config.data.image_size, config.model.width, self.precision).to(ranks.device)

@@ -5,8 +5,10 @@ DeepSpeed cannot be initialised twice in one process, and a category that dies m
 
 import argparse
 import json
+import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,8 @@ class Events:
 
     def write(self, event: str, **values: Any) -> None:
         if self.file:
+            # A rejected step's losses are not finite, and NaN is no JSON.
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self.file.write(json.dumps({"event": event, "time": round(time.time(), 3), **values}) + "\n")
             self.file.flush()
 
@@ -77,6 +81,7 @@ def initialise(config: Config) -> Ranks:
     ranks = Ranks.from_environment()
     torch.set_num_threads(config.trainer.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     if config.trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     elif ranks.device.type == "cuda":
@@ -88,25 +93,35 @@ def initialise(config: Config) -> Ranks:
     return ranks
 
 
-def open_dataset(config: Config, location: str, category: str, ranks: Ranks) -> Dataset:
-    """The data set, with the category's shards verified (and fetched once a node, by its first rank)."""
-    if ranks.local_rank != 0:
-        ranks.barrier()
+def open_dataset(config: Config, location: str, category: str) -> Dataset:
+    """The data set, with the category's shards fetched (once a machine) and verified."""
     dataset = Dataset.open(location, cache=config.data.cache)
     for shard in dataset.manifest(category).shards:
         dataset.shard(category, shard)
-    if ranks.local_rank == 0:
-        ranks.barrier()
     return dataset
+
+
+def end_with_parent() -> None:
+    """Ends this process soon after its supervisor has died, however that happened: nobody would collect its result, and
+    the next run of the same command must find the folder to itself."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(ExitCode.CRASHED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_category(config: Config, location: str, category: str, run: Path) -> None:
     """Trains, evaluates and records one category; resumes from its newest checkpoint."""
+    # Before the process group exists: a slow download must not run into its time-out.
+    dataset = open_dataset(config, location, category)
     ranks = initialise(config)
     folder = run / category
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"
-    dataset = open_dataset(config, location, category, ranks)
     fingerprint = dataset.manifest(category).fingerprint
     trainer = Trainer(config, ranks, TrainingData(config, dataset, category, ranks.device))
     events = Events(folder, ranks.is_first)
@@ -170,7 +185,11 @@ def train_category(config: Config, location: str, category: str, run: Path) -> N
         save_samples(folder / "samples.png", category, evaluation)
         # Last: this file says that the category is done.
         checkpoint.write_text(folder / METRICS, json.dumps(metrics, indent=1))
-        events.write("done", **{k: metrics[k] for k in ("pixel_auroc", "pixel_ap", "image_auroc", "seconds")})
+        events.write(
+            "done", **{k: metrics[k] for k in ("pixel_auroc", "pixel_ap", "image_auroc", "seconds", "reconstruction")}
+        )
+        health = metrics["reconstruction"]
+        print(f"{category}: " + ", ".join(f"{k} {v:.3f}" for k, v in health.items() if v is not None), flush=True)
     ranks.barrier()
 
 
@@ -180,6 +199,7 @@ def main() -> int:
     parser.add_argument("--category", required=True)
     parser.add_argument("--shards", required=True, help="location of the shards")
     arguments = parser.parse_args()
+    end_with_parent()
     try:
         config = load_config(["--config", str(arguments.run / "config.toml")])
         train_category(config, arguments.shards, arguments.category, arguments.run)

@@ -281,6 +281,10 @@ def test_clipping_is_always_written_because_deepspeeds_default_is_not_off() -> N
         ({"bf16": {"enabled": True}}, "bf16.enabled does not belong here"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled does not belong here"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer is not supported",
+        ),
         ([], "must hold a JSON object"),
     ],
 )

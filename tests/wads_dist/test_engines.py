@@ -25,6 +25,12 @@ def test_a_rejected_step_leaves_nothing_behind(run_ranks: Run) -> None:
     assert printed.count("nothing left behind") == 4
 
 
+@pytest.mark.slow
+def test_the_moving_average_is_exported_whole_at_zero_3(run_ranks: Run) -> None:
+    """Small parameters stay gathered between ZeRO-3's steps, and were once exported unaveraged."""
+    assert "averaged alike" in run_ranks("ema_export.py", 2)[0]
+
+
 def test_loss_scale_halves_on_overflow_and_grows_after_good_steps() -> None:
     scale = LossScale(scale=8.0, dynamic=True, interval=3)
     scale.update(finite=False)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tests.conftest import REPOSITORY, environment
 from wads_dist.config import Config, load_config
 from wads_dist.entry import main
-from wads_dist.errors import ExitCode
-from wads_dist.run import Launch, evaluate_run, first_cause, mean_of, open_run, train_run
+from wads_dist.errors import ExitCode, ResumeError, WadsError
+from wads_dist.rendezvous import Launch
+from wads_dist.run import evaluate_run, first_cause, mean_of, open_run, summarise, train_run
 
 SMALL = (
     "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
@@ -143,10 +144,58 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
     def config(*more: str) -> Config:
         return load_config(command(demo_shards, tmp_path, *more))
 
-    open_run(config())
-    open_run(config("--checkpoint.keep", "5"))  # changes nothing that is learnt
+    open_run(config(), {})
+    open_run(config("--checkpoint.keep", "5"), {})  # changes nothing that is learnt
     assert main(train_run, command(demo_shards, tmp_path, "--trainer.seed", "1")) == ExitCode.REFUSED_RESUME
     assert "trainer.seed: 0 → 1" in capsys.readouterr().err
+
+
+def test_another_deepspeed_file_or_other_data_is_refused(demo_shards: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "ds.json"
+    settings.write_text('{"zero_optimization": {"stage": 1}}')
+    config = load_config(command(demo_shards, tmp_path / "run", "--trainer.deepspeed", str(settings)))
+    open_run(config, {})
+    settings.write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(ResumeError, match=r"ds\.json is not what this run was started with"):
+        open_run(config, {})
+    settings.write_text('{"zero_optimization": {"stage": 1}}')
+    (tmp_path / "run/nut").mkdir()
+    (tmp_path / "run/nut/metrics.json").write_text('{"fingerprint": "aaaa"}')
+    with pytest.raises(ResumeError, match="fingerprint aaaa"):
+        open_run(config, {"nut": "bbbb"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        (("--trainer.global_batch_size", "9", "--trainer.micro_batch_size", "2"), "micro_batch_size"),
+        (("--trainer.precision", "fp16"), "fp16 needs a GPU"),
+        (("--data.textures", "no/bank"), "no/bank"),
+    ],
+)
+def test_what_every_worker_would_fail_on_is_refused_before_the_first(
+    demo_shards: Path, tmp_path: Path, setting: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_run, command(demo_shards, tmp_path / "run", *setting)) in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA)
+    assert text in capsys.readouterr().err.replace("\n", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_summary_keeps_what_other_commands_have_finished(tmp_path: Path) -> None:
+    for name, value in (("a", 0.5), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"pixel_auroc": value}))
+    summary = summarise(tmp_path, {"c": 3})
+    assert list(summary["categories"]) == ["a", "b"] and summary["mean"] == {"pixel_auroc": 0.75}
+    assert summary["failed"] == {"c": 3}
+
+
+def test_slurm_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    with pytest.raises(WadsError, match="RANK and WORLD_SIZE are not set"):
+        Launch.from_environment()
 
 
 def test_evaluating_what_has_not_been_trained_is_explained(

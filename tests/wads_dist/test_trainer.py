@@ -65,6 +65,12 @@ def test_training_gives_up_after_many_rejected_steps_and_names_the_samples() -> 
             Trainer._count(trainer, True, step * 64)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("warmup", [0.001, 0.05])
+def test_warm_up_never_exceeds_the_rate(warmup: float) -> None:
+    config = load_config(["--data.shards", "x", "--trainer.samples", "9000", "--trainer.warmup", str(warmup)])
+    assert max(rate(config, position) for position in range(0, 9000, 64)) <= config.trainer.learning_rate
+
+
 @pytest.mark.slow
 def test_losses_fall_with_resnet50_at_full_size(run_ranks: Callable[..., list[str]]) -> None:
     """200 samples at 128² with the default backbone: the mean of the last five steps lies below that of the first five."""
