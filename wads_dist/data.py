@@ -120,8 +120,12 @@ def open_texture_bank(location: str | None, cache: Path) -> tuple[Dataset, str] 
     if location is None:
         return None
     folder, _, name = location.rstrip("/").rpartition("/")
-    dataset = Dataset.open(folder or ".", cache=cache)
-    if dataset.manifest(name).kind != "textures":
+    try:
+        dataset = Dataset.open(folder or ".", cache=cache)
+        kind = dataset.manifest(name).kind
+    except DataError as error:
+        raise DataError(f"data.textures = {location!r}: {error}") from error
+    if kind != "textures":
         raise DataError(
             f"data.textures = {location!r} holds images of a category, not a texture bank; make one with "
             f"`python -m shards build --textures DIR --out OUT` and give OUT/textures"

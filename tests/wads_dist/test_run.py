@@ -202,7 +202,9 @@ def test_evaluating_what_has_not_been_trained_is_explained(
     demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(evaluate_run, command(demo_shards, tmp_path)) == ExitCode.CRASHED
-    assert "has not finished training" in capsys.readouterr().err
+    assert "no category has finished training" in capsys.readouterr().err
+    assert main(evaluate_run, command(demo_shards, tmp_path, "--data.categories", "demo_biscuit")) == ExitCode.CRASHED
+    assert "the category has not finished training" in capsys.readouterr().err
 
 
 def test_the_first_cause_explains_a_failure() -> None:
