@@ -144,6 +144,11 @@ class ModelConfig(_Section):
     )
     fpn_width: int = Field(128, ge=32, multiple_of=32, description="channels of the segmenter's feature pyramid")
     latent: int = Field(200, ge=1, description="length of the generator's latent code")
+    standardise_code: bool = Field(
+        True,
+        description="initialise the code's layer so that the codes of the first 128 samples have mean 0 and deviation 1; "
+        "without this the codes collapse for thousands of samples",
+    )
     segmenter_gradient: bool = Field(True, description="gradients of the segmentation losses reach the generator")
 
     @field_validator("weights")

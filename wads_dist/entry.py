@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,9 +27,15 @@ def check_checkout() -> None:
             )
 
 
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main(action: Callable[[Config], int], argv: Sequence[str] | None = None) -> int:
     """Reads the configuration, calls ``action``, and returns the exit code (README lists them)."""
     first = os.environ.get("RANK", "0") == "0"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way of saying Ctrl-C: children are ended, not left
     try:
         check_checkout()
         return action(load_config(argv))

@@ -22,6 +22,7 @@ from wads_dist.errors import NotFiniteError
 from wads_dist.models import Discriminator, Wads
 
 MAX_REJECTED_IN_A_ROW = 20
+CODE_SAMPLES = 128
 
 
 @dataclass
@@ -110,6 +111,9 @@ class Trainer:
         self.micro_batch_size, self.accumulation = resolve_batches(config, ranks.world_size)
         torch.manual_seed(config.trainer.seed)
         wads = Wads(config.model, config.data.image_size, self.precision).to(ranks.device)
+        if config.model.standardise_code:
+            # The same samples on every rank, whatever their number: all ranks start from the same weights.
+            wads.generator.standardise_code(data.batch(torch.arange(CODE_SAMPLES, device=ranks.device)).clean)
         discriminator = Discriminator(config.data.image_size, config.model.width, self.precision).to(ranks.device)
         settings = deepspeed_config(config, ranks.world_size)
         quiet = {key: value for key, value in settings.items() if key not in MONITORS}

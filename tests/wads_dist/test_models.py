@@ -45,6 +45,16 @@ def test_every_parameter_gets_a_gradient(precision: str, detach: bool) -> None:
     assert without == []
 
 
+def test_standardised_codes_have_unit_spread() -> None:
+    torch.manual_seed(0)
+    generator = Wads(SMALL, 64).generator
+    x = 0.5 + 0.05 * torch.rand(64, 3, 64, 64)
+    assert generator.encode(x).std(0).mean() < 0.5
+    generator.standardise_code(x)
+    code = generator.encode(x)
+    assert torch.allclose(code.std(0), torch.ones(200), atol=1e-3) and code.mean(0).abs().max() < 1e-3
+
+
 def test_segmentation_gradients_stop_at_the_generator_when_told_to() -> None:
     x = torch.rand(2, 3, 64, 64)
     for reach in (True, False):

@@ -13,7 +13,7 @@ from common import Samples, join, leave, small_config, small_trainer
 from kernels.objective import ObjectiveWeights, objective
 from wads_dist import engines
 from wads_dist.models import Discriminator, Wads
-from wads_dist.trainer import to_channels_last
+from wads_dist.trainer import CODE_SAMPLES, to_channels_last
 
 # Plain SGD at rate 1 shows a wrong scale that Adam would hide. The weights keep steps of that size from exploding, which
 # would turn fp32 rounding into differences.
@@ -34,6 +34,7 @@ def plain_training(
     config = small_config(*overrides)
     torch.manual_seed(config.trainer.seed)
     wads, d = Wads(config.model, 64), Discriminator(64, config.model.width)
+    wads.generator.standardise_code(Samples(config).batch(torch.arange(CODE_SAMPLES)).clean)
     nets = nn.ModuleDict({"wads": wads, "d": d})
     w = config.objective
     if adam:
