@@ -94,6 +94,41 @@ def test_a_killed_run_resumes_to_the_same_bits(demo_shards: Path, tmp_path: Path
     assert ids[0] == 0 and len(ids) == 2 and 0 < int(str(ids[1])) < 48  # it did go on, and not from the start
 
 
+def workers_of(run: Path) -> list[int]:
+    """Process ids of this run's living workers."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"wads_dist.worker\0--run\0{run}\0" in path.read_text():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, ExitCode.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_ended_supervisor_leaves_no_worker(
+    demo_shards: Path, tmp_path: Path, how: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "launch/train.py", *command(demo_shards, run, "--trainer.samples", "100000")],
+        cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not any(e["event"] == "step" for e in events(run, "demo_biscuit")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    assert len(workers_of(run)) == 1
+    process.send_signal(how)
+    assert process.wait(60) == code
+    deadline = time.monotonic() + 30
+    while workers_of(run):
+        assert time.monotonic() < deadline, "the worker lives on"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_a_category_that_fails_is_named_and_costs_the_others_nothing(demo_shards: Path, tmp_path: Path) -> None:
     shards, run = tmp_path / "shards", tmp_path / "run"

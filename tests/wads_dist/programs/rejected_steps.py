@@ -20,9 +20,9 @@ def everything(trainer: Trainer) -> list[torch.Tensor]:
 def main() -> None:
     ranks = join()
     for stage in sys.argv[1].split(","):
-        json = ["--trainer.deepspeed", f"configs/deepspeed/zero{stage}.json"]
-        # Sample 15 is computed by the last rank alone.
-        hurt = small_trainer(ranks, *json, bad=frozenset({15}))
+        json = ["--trainer.deepspeed", f"configs/deepspeed/zero{stage}.json", "--trainer.micro_batch_size", sys.argv[2]]
+        # Samples 12 to 15 are the last rank's; the first of them is in its first micro-batch.
+        hurt = small_trainer(ranks, *json, bad=frozenset({12}))
         whole = small_trainer(ranks, *json)
         for trainer in (hurt, whole):
             trainer.step(0)
