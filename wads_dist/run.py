@@ -31,7 +31,7 @@ from wads_dist.distributed import Ranks
 from wads_dist.errors import ExitCode, ResumeError, WadsError, exit_code
 from wads_dist.evaluate import evaluate, load_model
 from wads_dist.rendezvous import Launch, free_port
-from wads_dist.tables import results_table
+from wads_dist.tables import reconstruction_table, results_table
 from wads_dist.worker import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -272,6 +272,7 @@ def conclude(config: Config, outcome: Outcome, console: Console) -> None:
     write_text(config.run.dir / SUMMARY, json.dumps(summary, indent=1))
     if summary["categories"]:
         console.print(results_table(summary))
+        console.print(reconstruction_table(summary))
     console.print(f"Run: {config.run.dir}  (summary.json; per category metrics.json, samples.png)", highlight=False)
     for name, code in outcome.failed.items():
         console.print(f"[red]{name} failed (exit code {code})[/red]; the same command tries it again", highlight=False)

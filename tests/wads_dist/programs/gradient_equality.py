@@ -18,8 +18,8 @@ from wads_dist.trainer import CODE_SAMPLES, to_channels_last
 # Plain SGD at rate 1 shows a wrong scale that Adam would hide. The weights keep steps of that size from exploding, which
 # would turn fp32 rounding into differences.
 SGD_WEIGHTS = [
-    *("--objective.reconstruction.weight", "0.01", "--objective.focal.weight", "0.02"),
-    *("--objective.adversarial.weight", "0.01", "--objective.latent.weight", "0.01"),
+    *("--objective.reconstruction.weight", "0.003", "--objective.focal.weight", "0.01"),
+    *("--objective.adversarial.weight", "0.003", "--objective.latent.weight", "0.003"),
 ]
 STEPS = 3
 

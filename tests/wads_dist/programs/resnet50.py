@@ -24,9 +24,10 @@ def main() -> None:
     trainer = Trainer(config, ranks, data)  # type: ignore[arg-type]
     history = []
     trainer.train(lambda _, losses: history.append(losses.means()))
-    for name in ("total", "focal"):
+    third = len(history) // 3
+    for name in history[0]:
         values = [step[name] for step in history]
-        print(f"{name} {sum(values[:5]) / 5:.4f} -> {sum(values[-5:]) / 5:.4f}")
+        print(f"{name} {sum(values[:third]) / third:.4f} -> {sum(values[-third:]) / third:.4f}")
     leave()
 
 
