@@ -46,7 +46,7 @@ gpu: ## the tests that need a GPU, with PYTHON's own packages; installs nothing
 	$(PYTHON) -m pytest -m gpu tests
 
 bench: setup ## run the benchmarks
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(RUN) python "$$file"; done
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PYTHONPATH=. $(RUN) python "$$file"; done
 
 clean: ## remove the demo's data and run, and caches; .venv and other runs stay
 	rm -rf .data/demo runs/demo .pytest_cache .ruff_cache .mypy_cache *.egg-info
