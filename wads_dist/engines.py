@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
 
 
@@ -86,7 +87,7 @@ def discard(engine: DeepSpeedEngine) -> None:
         for group in list(optimizer.averaged_gradients):
             optimizer.averaged_gradients[group] = None
             optimizer.all_grad_tensors[group] = None
-        optimizer.micro_step_id = -1  # INITIAL_MICRO_STEP_ID, which its step() would have restored
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID  # as its step() would have restored
     engine.micro_steps += 1
 
 
