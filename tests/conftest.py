@@ -10,11 +10,19 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton decides when it is imported whether kernels are interpreted: always, but for a run of the GPU tests."""
+    expression = config.option.markexpr
+    if "gpu" not in expression or "not gpu" in expression:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a child: this checkout's packages, this interpreter's programs, and CPU ranks."""
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return inherited | {"PYTHONPATH": str(REPOSITORY), "PATH": path, "DS_ACCELERATOR": "cpu"} | extra
 

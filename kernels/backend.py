@@ -1,0 +1,27 @@
+"""Which implementation of a kernel runs: Triton on a GPU, compiled C++ on a CPU, or the PyTorch reference anywhere."""
+
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "triton", "native", "torch"]
+
+
+def resolve(backend: Backend, device: torch.device) -> Literal["triton", "native", "torch"]:
+    """The implementation that ``backend`` means on ``device``. ``triton`` on CPU tensors needs TRITON_INTERPRET=1.
+
+    ``auto`` is ``triton`` on a GPU; on a CPU it is ``native``, or ``torch`` when there is no C++ compiler.
+
+    Raises:
+        ValueError: ``native`` was asked for tensors that are not on the CPU.
+        NativeUnavailable: ``native`` was asked for and cannot be compiled; says why.
+    """
+    if backend == "auto":
+        if device.type != "cpu":
+            return "triton"
+        from kernels import native
+
+        return "native" if native.available() else "torch"
+    if backend == "native" and device.type != "cpu":
+        raise ValueError(f"the native kernels run on CPU tensors, these are on {device}")
+    return backend
