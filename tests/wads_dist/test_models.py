@@ -45,6 +45,14 @@ def test_every_parameter_gets_a_gradient(precision: str, detach: bool) -> None:
     assert without == []
 
 
+def test_the_untrained_decoder_is_smooth() -> None:
+    """Checkerboards and noise at initialisation cost the reconstructor thousands of samples."""
+    torch.manual_seed(0)
+    image = Wads(SMALL, 64).generator.decode(torch.randn(4, 200)).detach()
+    neighbours = (image[..., 1:] - image[..., :-1]).square().mean()
+    assert neighbours < 0.1 * image.var((-2, -1)).mean()
+
+
 def test_standardised_codes_have_unit_spread() -> None:
     torch.manual_seed(0)
     generator = Wads(SMALL, 64).generator
