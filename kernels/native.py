@@ -1,18 +1,128 @@
-"""The fast CPU path of both kernels: C++ compiled on this machine, called through ctypes."""
+"""The fast CPU path of both kernels: C++ (``csrc/``) compiled on the machine it runs on, called through ctypes.
 
+Compiled at first use into ``$TORCH_EXTENSIONS_DIR`` or ``~/.cache/wads_dist``, for the very processor (``-march=native``). A
+library's name carries a hash of its sources, flags, compiler and processor, so that machines which share a home directory do
+not run each other's; it appears by a rename, so that any number of ranks may compile at once. ``CXX`` names the compiler.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+import warnings
+from ctypes import c_double, c_int, c_int64, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
 from torch import Tensor
 
-from kernels.objective import ObjectiveWeights
+from kernels.objective import WINDOW, ObjectiveWeights
 from kernels.synthesis import Batch, SynthesisSettings
+
+SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
+# What is written is what is computed: no reassociation, and fused multiply-adds only where the source asks for them.
+FLAGS = (
+    "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+)
 
 
 class NativeUnavailable(RuntimeError):
-    """There is no compiled library here; the message says why."""
+    """There is no compiled library on this machine; the message says why."""
 
 
+class _SynthesisSettings(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("image_size", "lattice_max")),
+        *((name, c_double) for name in ("scale_low", "scale_high", "rotation", "clean_fraction")),
+        *((name, c_double) for name in ("blend_max", "threshold", "texture_jitter")),
+    ]
+
+
+class _ObjectiveSettings(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("images", "channels", "height", "width")),
+        *((name, c_int64) for name in ("x_plane", "x_pixel", "y_plane", "y_pixel")),
+        *((name, c_double) for name in ("reconstruction", "ssim", "l2", "focal", "gamma", "kl", "rho")),
+        ("pixel_kl", c_int64),
+    ]
+
+
+def _processor() -> str:
+    """What ``-march=native`` compiles for: the instruction sets where Linux lists them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _compile() -> Path:
+    """The path of this machine's library, compiled if need be."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    try:
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise NativeUnavailable(f"no C++ compiler ({error}); install g++, or set CXX") from error
+    parts = [*(source.read_text() for source in SOURCES), *FLAGS, *compiler, version, platform.machine(), _processor()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "wads_dist")
+    library = folder / f"wads_kernels_{key}.so"
+    if library.exists():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as workspace:
+            built = Path(workspace) / library.name
+            command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(built)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode != 0:
+                raise NativeUnavailable(
+                    f"`{shlex.join(command)}` failed with status {run.returncode}:\n{run.stderr or run.stdout}"
+                )
+            os.rename(built, library)
+    except OSError as error:
+        raise NativeUnavailable(f"cannot build in {folder} ({error}); set TORCH_EXTENSIONS_DIR") from error
+    return library
+
+
+@cache
+def _load() -> ctypes.CDLL | NativeUnavailable:
+    """The library, or why there is none; one attempt per process."""
+    try:
+        library = ctypes.CDLL(str(_compile()))
+    except NativeUnavailable as reason:
+        return reason
+    except OSError as error:
+        return NativeUnavailable(f"the compiled kernels do not load: {error}")
+    pointer, n = c_void_p, c_int64
+    library.wads_synthesise.argtypes = (
+        [pointer, n, n] + [pointer, n, n, n] + [pointer, pointer, n, n, c_uint64] + [pointer] * 4 + [c_int]
+    )
+    library.wads_objective.argtypes = [pointer] * 10 + [c_int]
+    library.wads_scratch_floats.argtypes, library.wads_scratch_floats.restype = [n, n], n
+    library.wads_synthesise.restype = library.wads_objective.restype = None
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, NativeUnavailable):
+        raise NativeUnavailable(str(library))
+    return library
+
+
+@cache
 def available() -> bool:
-    """Whether a C++ compiler works here and the library loads."""
-    return False
+    """Whether the compiled kernels work here. Compiles them at the first call, and warns once if they cannot be."""
+    library = _load()
+    if isinstance(library, NativeUnavailable):
+        warnings.warn(f"the CPU kernels fall back to PyTorch: {library}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def synthesise(
@@ -24,8 +134,56 @@ def synthesise(
     rows: Tensor | None,
     count: int,
 ) -> Batch:
-    """``kernels.synthesis.synthesise`` in C++."""
-    raise NativeUnavailable("not built yet")
+    """``kernels.synthesis.synthesise`` in C++: the same draws, images to a rounding, channels_last.
+
+    Args:
+        images: uint8 [N, 3, S, S].
+        textures: uint8 [T, 3, S', S'].
+        sample: int64 [B] global sample indices.
+        seed: the run's seed, 0 <= seed < 2**64.
+        rows: int64 [B] rows of ``images``, or None for those that the shuffle of ``count`` images shows.
+        count: number of images of the category.
+
+    Raises:
+        NativeUnavailable: the kernels cannot be compiled here.
+        ValueError, IndexError: the arguments do not fit together.
+    """
+    library = _library()
+    for name, store in (("images", images), ("textures", textures)):
+        if store.dtype != torch.uint8 or store.dim() != 4 or store.shape[1] != 3 or min(store.shape) < 1:
+            raise ValueError(f"{name} must be uint8 [N, 3, S, S], got {store.dtype} {list(store.shape)}")
+        if min(store.shape[2:]) < 2:
+            raise ValueError(f"{name} must be at least 2x2 pixels, got {list(store.shape)}")
+    if rows is None:
+        if not 0 < count <= len(images):
+            raise IndexError(f"the samples draw from {count} images, but {len(images)} are given")
+    elif len(rows) != len(sample) or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(images)):
+        raise IndexError(f"rows must be {len(sample)} numbers in [0, {len(images)}), got {rows}")
+    images, textures, sample = images.contiguous(), textures.contiguous(), sample.to(torch.int64).contiguous()
+    rows = None if rows is None else rows.to(torch.int64).contiguous()
+    batch, size = len(sample), settings.image_size
+    clean = torch.empty(batch, 3, size, size, memory_format=torch.channels_last)
+    anomalous = torch.empty(batch, 3, size, size, memory_format=torch.channels_last)
+    mask = torch.empty(batch, 1, size, size)
+    ranges = (*settings.scale, settings.rotation, settings.clean_fraction)
+    c_settings = _SynthesisSettings(
+        size, settings.lattice_max, *ranges, settings.blend_max, settings.threshold, settings.texture_jitter
+    )
+    library.wads_synthesise(
+        images.data_ptr(), *images.shape[2:],
+        textures.data_ptr(), len(textures), *textures.shape[2:],
+        sample.data_ptr(), None if rows is None else rows.data_ptr(), batch, count, seed, ctypes.addressof(c_settings),
+        clean.data_ptr(), anomalous.data_ptr(), mask.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return Batch(clean, anomalous, mask)
+
+
+def _strided(image: Tensor) -> tuple[Tensor, int, int]:
+    """``image`` [N, C, H, W] in float32, dense, and the strides of its planes and of its pixels."""
+    image = image.float()
+    if not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last):
+        return image, 1, image.shape[1]
+    return image.contiguous(), image.shape[2] * image.shape[3], 1
 
 
 def objective(
@@ -36,5 +194,46 @@ def objective(
     weights: ObjectiveWeights,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Per-image terms [4, N] float32 (1 − SSIM, MSE, focal, KL) and the gradients of the weighted total."""
-    raise NativeUnavailable("not built yet")
+    """The terms of ``kernels.objective.objective`` and its gradient, in one call.
+
+    Args:
+        x, reconstruction: [N, C, H, W], float32 or narrower, contiguous or channels_last (others are copied).
+        logits, mask: [N, 1, H, W].
+        gradients: whether to compute the gradients as well.
+
+    Returns:
+        the terms [4, N] float32 (1 − SSIM, MSE, focal, KL) of each image, and the gradients of the weighted total of their
+        batch means: for the reconstruction (float32, in its memory format) and for the logits (float32, contiguous). They
+        stay float32 because a gradient times a loss scale may fit half precision where the gradient alone does not.
+
+    Raises:
+        NativeUnavailable: the kernels cannot be compiled here.
+        ValueError: the shapes do not fit together, or the images are smaller than SSIM's window.
+    """
+    library = _library()
+    n, c, height, width = x.shape
+    if reconstruction.shape != x.shape or {logits.shape, mask.shape} != {(n, 1, height, width)}:
+        shapes = [list(t.shape) for t in (x, reconstruction, logits, mask)]
+        raise ValueError(f"x and reconstruction must be [N, C, H, W], logits and mask [N, 1, H, W]; got {shapes}")
+    if min(height, width) < WINDOW:
+        raise ValueError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, got {height}x{width}")
+    x, x_plane, x_pixel = _strided(x.detach())
+    y, y_plane, y_pixel = _strided(reconstruction.detach())
+    z, m = logits.detach().float().contiguous(), mask.detach().float().contiguous()
+    per_image = torch.empty(4, n)
+    dy = torch.empty_like(y) if gradients else None
+    dz = torch.empty_like(z) if gradients else None
+    threads = torch.get_num_threads()
+    partial = torch.empty(2, n * c, dtype=torch.float64)
+    scratch = torch.empty(threads, library.wads_scratch_floats(height, width))
+    w = weights
+    c_settings = _ObjectiveSettings(
+        n, c, height, width, x_plane, x_pixel, y_plane, y_pixel,
+        w.reconstruction, w.ssim, w.l2, w.focal, w.gamma, w.kl, w.rho, w.kl_form == "pixel",
+    )  # fmt: skip
+    library.wads_objective(
+        x.data_ptr(), y.data_ptr(), z.data_ptr(), m.data_ptr(), ctypes.addressof(c_settings), per_image.data_ptr(),
+        None if dy is None else dy.data_ptr(), None if dz is None else dz.data_ptr(),
+        partial.data_ptr(), scratch.data_ptr(), threads,
+    )  # fmt: skip
+    return per_image, dy, dz
