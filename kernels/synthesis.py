@@ -3,8 +3,8 @@
 A sample index determines an image, its crop, scale and rotation, a Perlin mask M, a texture T with its own jitter, and β.
 The draws are Philox words (``philox.py``), so any rank, device or restart that asks for index i gets the same sample.
 
-Bytes per pixel of one fused pass at 3 channels (the bound for a kernel): uint8 image 3 + uint8 texture 3 in; clean 6 +
-anomalous 6 (bf16) + mask 1 out. This file is the PyTorch form, which is also the path on a CPU.
+``synthesise`` is what a caller uses: on a GPU it is two Triton launches (``synthesis_triton.py``, which counts the bytes), on a
+CPU compiled C++ (``native.py``). The PyTorch form in this file says what both must compute, and runs anywhere.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, resolve
 from kernels.philox import Purpose, philox, shuffled, uniform
 
 # Lattice points are numbered from this corner, so that a point's gradient depends on its position only and the rotated
@@ -61,7 +62,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean image X and anomalous image X_a [B, 3, H, H] float32 in [0, 1]; mask M [B, 1, H, H] float32 of zeros and ones."""
+    """Clean image X and anomalous image X_a [B, 3, H, H] in [0, 1], channels_last; mask M [B, 1, H, H] uint8 in {0, 1}."""
 
     clean: Tensor
     anomalous: Tensor
@@ -129,15 +130,21 @@ def lattice_gradients(seed: int, sample: Tensor, margin: int, points: int) -> Te
     return torch.stack([torch.cos(angle), torch.sin(angle)], 1)
 
 
+def lattice_window(lattice_max: int) -> tuple[int, int]:
+    """(margin, points): lattice points −margin … points − margin − 1 along each axis hold every rotated window of up to
+    2^lattice_max cells. Both are multiples of 4."""
+    resolution = 2**lattice_max
+    margin = 4 * math.ceil((math.ceil(resolution * (math.sqrt(2) - 1) / 2) + 1) / 4)
+    return margin, 4 * math.ceil((resolution + 2 * margin) / 4)
+
+
 def perlin_noise(seed: int, sample: Tensor, lattice: Tensor, angle: Tensor, size: int, lattice_max: int) -> Tensor:
     """Perlin noise [B, size, size] float32, scaled by √2 as in DRAEM, its window rotated about the centre by ``angle``.
 
     Pixel (x, y) lies at lattice coordinates 2^k/size · R(angle)·(x, y); unrotated this is DRAEM's ``rand_perlin_2d``. The
     coordinates are rotated, not the picture, and the lattice has no edge, so that a rotated window has no empty corners.
     """
-    resolution = 2**lattice_max
-    margin = 4 * math.ceil((math.ceil(resolution * (math.sqrt(2) - 1) / 2) + 1) / 4)
-    points = resolution + 2 * margin
+    margin, points = lattice_window(lattice_max)
     gradient = lattice_gradients(seed, sample, margin, points)
 
     pixel = torch.arange(size, device=sample.device, dtype=torch.float32) - size / 2
@@ -187,23 +194,74 @@ def synthesise(
     images: Tensor,
     textures: Tensor,
     sample: Tensor,
-    seed: int,
+    seed: int | Tensor,
     settings: SynthesisSettings,
     image_index: Tensor | None = None,
     image_count: int | None = None,
+    backend: Backend = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> Batch:
     """The training samples with global indices ``sample``.
 
     Args:
         images: uint8 [N, 3, S, S], the category's normal images; with ``image_index`` given, only those this batch needs.
         textures: uint8 [T, 3, S', S'].
-        sample: int64 [B] global sample indices.
-        seed: the run's seed.
+        sample: int64 [B] global sample indices, on the images' device.
+        seed: the run's seed, 0 <= seed < 2**64, or an int64 tensor of no dimensions that holds it (its 64 bits). On a GPU the
+            tensor is read by the kernel, so that a CUDA graph that captured this call follows ``seed`` and ``sample``.
         image_index: int64 [B] rows of ``images`` (streaming); by default the rows the samples draw (resident images).
         image_count: number of images of the category, when ``images`` is not all of them.
+        backend: which implementation (``backend.py``); all agree but for rounding.
+        dtype: float32, bfloat16 or float16, of the images returned.
+
+    Raises:
+        ValueError: an argument has the wrong type or shape; names it.
     """
+    for name, store in (("images", images), ("textures", textures)):
+        if store.dtype != torch.uint8 or store.ndim != 4 or store.shape[1] != 3 or store.shape[2] != store.shape[3]:
+            raise ValueError(f"{name} must be uint8 [N, 3, S, S], got {store.dtype} {list(store.shape)}")
+        if len(store) == 0 or store.shape[-1] < 2 or not store.is_contiguous():
+            raise ValueError(f"{name} must be contiguous and hold an image of at least 2x2, got {list(store.shape)}")
+    if sample.dtype != torch.int64 or sample.ndim != 1:
+        raise ValueError(f"sample must be int64 [B], got {sample.dtype} {list(sample.shape)}")
+    count = len(images) if image_count is None else image_count
+    if image_index is None and count > len(images):
+        raise ValueError(
+            f"image_count {count} but {len(images)} images: give image_index, the rows of this batch's images"
+        )
+    if image_index is not None and (image_index.dtype != torch.int64 or image_index.shape != sample.shape):
+        raise ValueError(
+            f"image_index must be int64 {list(sample.shape)}, got {image_index.dtype} {list(image_index.shape)}"
+        )
+    chosen = resolve(backend, images.device)
+    if chosen == "triton":
+        from kernels import synthesis_triton
+
+        return synthesis_triton.synthesise(images, textures, sample, seed, settings, image_index, count, dtype)
+    if isinstance(seed, Tensor):
+        seed = int(seed) & 0xFFFFFFFFFFFFFFFF
+    if chosen == "native":
+        from kernels import native
+
+        batch = native.synthesise(images, textures, sample, seed, settings, image_index, count)
+    else:
+        batch = _reference(images, textures, sample, seed, settings, image_index, count)
+    clean, anomalous = (x.to(dtype, memory_format=torch.channels_last) for x in (batch.clean, batch.anomalous))
+    return Batch(clean, anomalous, batch.mask.to(torch.uint8))
+
+
+def _reference(
+    images: Tensor,
+    textures: Tensor,
+    sample: Tensor,
+    seed: int,
+    settings: SynthesisSettings,
+    image_index: Tensor | None,
+    image_count: int,
+) -> Batch:
+    """Eq 3.1 in PyTorch, in float32."""
     size = settings.image_size
-    draws = draw(seed, sample, image_count or len(images), len(textures), settings)
+    draws = draw(seed, sample, image_count, len(textures), settings)
     rows = draws.image_index if image_index is None else image_index
     clean = sample_affine(images[rows], draws.image_map, size)
     anomalous, mask = clean.clone(), clean.new_zeros(len(sample), 1, size, size)
