@@ -22,6 +22,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from kernels.backend import Backend
+
 
 class ConfigError(Exception):
     """A configuration that cannot be used. ``problems`` holds one line for each thing that is wrong."""
@@ -243,6 +245,11 @@ class TrainerConfig(_Section):
     deepspeed: Path = Field(
         Path("configs/deepspeed/zero1.json"),
         description="DeepSpeed's JSON file, looked for in the working folder, then in the repository",
+    )
+    kernels: Backend = Field(
+        "auto",
+        description="what computes synthesis and objective. auto: Triton on a GPU, compiled C++ on a CPU (PyTorch where there "
+        "is no compiler); torch: the PyTorch reference anywhere",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: the node's cores / its ranks")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")

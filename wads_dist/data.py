@@ -157,7 +157,7 @@ class TrainingData:
             DataError: a shard is damaged or missing, or an image cannot be decoded; names it.
         """
         size, self.seed, self.device = config.data.store_size, config.trainer.seed, device
-        self.settings = synthesis_settings(config)
+        self.settings, self.backend = synthesis_settings(config), config.trainer.kernels
         self.images: Images
         if config.data.mode == "resident":
             self.images = ResidentImages(dataset, category, size, device)
@@ -168,7 +168,9 @@ class TrainingData:
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
         """X, X_a, M of the samples with global indices ``sample`` (int64 [B] on the device)."""
         images, rows = self.images.rows(sample, upcoming)
-        return synthesise(images, self.textures, sample, self.seed, self.settings, rows, self.images.count)
+        return synthesise(
+            images, self.textures, sample, self.seed, self.settings, rows, self.images.count, self.backend
+        )
 
 
 def rank_samples(first: int, global_batch_size: int, rank: int, world_size: int) -> range:

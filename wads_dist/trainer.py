@@ -146,7 +146,7 @@ class Trainer:
             with torch.no_grad():
                 real = self.d.module(batch.clean)[0]
         target = batch.clean if weights.reconstruction.target == "clean" else batch.anomalous
-        terms = objective(target, x_hat, logits, batch.mask, self.weights)
+        terms = objective(target, x_hat, logits, batch.mask, self.weights, self.config.trainer.kernels)
         adversarial = adversarial_loss(weights.adversarial.form, fake, real)
         latent = F.mse_loss(z_hat.float(), z.float())
         total = terms.total + weights.adversarial.weight * adversarial + weights.latent.weight * latent
@@ -165,7 +165,6 @@ class Trainer:
         buffers = [b.clone() for b in self.gs.module.buffers()]
         for i, ids in enumerate(micro_batches):
             batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
-            batch = to_channels_last(batch)
             total, terms, extra, x_hat = self.generator_losses(batch)
             self.gs.backward(total * self.loss_scale.scale)
             disc = self.discriminator_losses(batch.clean, x_hat)
@@ -239,9 +238,3 @@ class Trainer:
 
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
-
-
-def to_channels_last(batch: Batch) -> Batch:
-    """channels_last is not optional: convolutions on a CPU are several times slower without it (FIELD_NOTES)."""
-    form = torch.channels_last
-    return Batch(batch.clean.to(memory_format=form), batch.anomalous.to(memory_format=form), batch.mask)

@@ -20,6 +20,12 @@ def test_two_ranks_take_the_step_of_plain_pytorch_at_every_zero_stage(run_ranks:
 
 
 @pytest.mark.slow
+@pytest.mark.interpreter
+def test_a_step_through_the_triton_kernels_is_the_references(run_ranks: Run) -> None:
+    assert "worst relative difference" in run_ranks("triton_step.py", 1)[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batch_size", ["4", "2"])
 def test_a_rejected_step_leaves_nothing_behind(run_ranks: Run, micro_batch_size: str) -> None:
     printed = run_ranks("rejected_steps.py", 2, "0,1,2,3", micro_batch_size)[0]

@@ -23,10 +23,11 @@ class Samples:
         size = config.data.store_size
         self.images = torch.randint(0, 256, (6, 3, size, size), generator=generator, dtype=torch.uint8)
         self.settings, self.seed, self.bad = synthesis_settings(config), config.trainer.seed, bad
+        self.backend = config.trainer.kernels
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
         images = self.images.to(sample.device)
-        batch = synthesise(images, images, sample, self.seed, self.settings)
+        batch = synthesise(images, images, sample, self.seed, self.settings, backend=self.backend)
         for i, index in enumerate(sample.tolist()):
             if index in self.bad:
                 batch.anomalous[i] = float("nan")

@@ -13,7 +13,7 @@ from common import Samples, join, leave, small_config, small_trainer
 from kernels.objective import ObjectiveWeights, objective
 from wads_dist import engines
 from wads_dist.models import Discriminator, Wads
-from wads_dist.trainer import Trainer, to_channels_last
+from wads_dist.trainer import Trainer
 
 STEPS = 3
 
@@ -44,11 +44,10 @@ class PlainLoop:
         wads, d, w, parts = self.wads, self.d, self.config.objective, self.parts
         self.nets.zero_grad()
         for ids in torch.arange(first, first + 8).chunk(parts):
-            # The memory format decides which convolution kernel runs, and with it the rounding.
-            batch = to_channels_last(self.data.batch(ids))
+            batch = self.data.batch(ids)
             x_hat, logits, z, z_hat = wads(batch.clean, batch.anomalous, True)
             weights = ObjectiveWeights(reconstruction=w.reconstruction.weight, focal=w.focal.weight, kl=w.kl.weight)
-            loss = objective(batch.clean, x_hat, logits, batch.mask, weights).total
+            loss = objective(batch.clean, x_hat, logits, batch.mask, weights, backend="torch").total
             loss = loss + w.latent.weight * F.mse_loss(z_hat, z)
             target = torch.sigmoid(d(batch.clean)[0]).detach()
             loss = loss + w.adversarial.weight * F.binary_cross_entropy_with_logits(d(x_hat)[0], target)
