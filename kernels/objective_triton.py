@@ -1,0 +1,593 @@
+"""The objective of ``objective.py`` in Triton: three launches, forward and backward together.
+
+    launch 1  one warp a tile of a plane: SSIM and L2, values and gradient; one warp a block of logits: focal and KL sums
+    launch 2  one program adds the partial sums in a fixed order: per-image terms, batch means, total
+    launch 3  backward: dL/dX̂ · g and dL/dlogits · g, with g = grad_output read on the device
+
+Bytes (el = one value of one channel, px = one pixel). Launch 1 reads x and X̂ and writes dL/dX̂: 12 B/el in fp32, 6 in bf16.
+It reads logits and a uint8 mask: 5 (3) B/px. Launch 3 reads and writes dL/dX̂, 8 (4) B/el, and makes dL/dlogits anew from
+logits, mask and two numbers per image, 9 (5) B/px, less than reading one that launch 1 had written. Together 74 B/px in fp32 at
+3 channels, 38 in bf16: for 3×128×128 at 3.0 TB/s (what a copy reaches on an H100) 26 µs at B = 64 and 104 µs at B = 256.
+
+Operations: four blurs forward and three backward, 22 FMAs each, and about 60 more per element for squares, SSIM and its
+derivative: 214 lane-operations, at 132 SMs × 128 lanes × 1.755 GHz 23 µs at B = 64 and 91 µs at B = 256 for launch 1, above its
+own bytes (14 and 56 µs). So launch 1 is bound by issue slots, and everything below is arranged to spend few of them:
+
+* Rows stream through registers. A vertical blur in transposed form, ``state[j] ← state[j + 1] + w[j] · row``, costs exactly its
+  11 FMAs and no register moves; a lane owns two columns, which makes 140 registers of state for the seven blurs.
+* A horizontal blur needs neighbouring lanes. A row is staged in a few hundred bytes that only this warp touches (they stay in
+  L1) and read back as six overlapping pairs. A program is one warp, so the barrier between is one warp wide and no other
+  program can race; two buffers alternate, so that one barrier a row is enough.
+* Each element of x and X̂ is fetched once, and once more where its gradient is written, whatever the strides: NCHW and
+  channels_last cost the same arithmetic.
+
+Precision: s = x + X̂ and d = x − X̂, centred by the mean of one row of the tile (variances do not move). With ε = var_d / V and
+λ = (μ_x − μ_X̂)² / P, where V = σ_x² + σ_X̂² + C2 and P = μ_x² + μ_X̂² + C1, the dissimilarity 1 − SSIM = λ + ε − λε holds no
+difference of nearly equal numbers: it keeps its relative precision as X̂ approaches x.
+"""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.objective import C1, C2, SIGMA, WINDOW, ObjectiveWeights
+
+_GAUSS = [math.exp(-((t - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for t in range(WINDOW)]
+TAPS = tl.constexpr(tuple(g / math.fsum(_GAUSS) for g in _GAUSS))
+HALO = tl.constexpr(WINDOW - 1)
+SSIM_C1, SSIM_C2 = tl.constexpr(C1), tl.constexpr(C2)
+LOG_CLAMP = tl.constexpr(math.log(1e-12))
+LOWEST = tl.constexpr(-(2.0**100))  # stands for log 0: its differences are finite, their exponentials zero
+STAGED = tl.constexpr(5)  # rows in a scratch buffer: s, d, and the three that the gradient blurs
+
+MASK_BLOCK, MASK_STEP = 1024, 256
+BACKWARD_BLOCK = 1024
+
+
+# --- launch 1: SSIM and L2 -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _blur_row(row, SQUARES: tl.constexpr):
+    """Horizontal blur [LANES, 2] of a staged row at each lane's two columns, and of its squares if asked for.
+
+    row: pointers [LANES, 2] to the first two of the twelve values under a lane's two windows.
+    """
+    first, second = tl.split(tl.load(row))
+    even, odd = TAPS[0] * first + TAPS[1] * second, TAPS[0] * second
+    even_squares, odd_squares = even, odd
+    if SQUARES:
+        first, second = first * first, second * second
+        even_squares, odd_squares = TAPS[0] * first + TAPS[1] * second, TAPS[0] * second
+    for k in tl.static_range(1, 6):
+        first, second = tl.split(tl.load(row + 2 * k))
+        even += TAPS[2 * k] * first
+        odd += TAPS[2 * k - 1] * first
+        odd += TAPS[2 * k] * second
+        if k < 5:
+            even += TAPS[2 * k + 1] * second
+        if SQUARES:
+            first, second = first * first, second * second
+            even_squares += TAPS[2 * k] * first
+            odd_squares += TAPS[2 * k - 1] * first
+            odd_squares += TAPS[2 * k] * second
+            if k < 5:
+                even_squares += TAPS[2 * k + 1] * second
+    return tl.join(even, odd), tl.join(even_squares, odd_squares)
+
+
+@triton.jit
+def _blur_column(state, row):
+    """Feeds a row to a vertical blur: the output whose window ends with it, and the ten sums still open."""
+    return state[0] + TAPS[10] * row, (
+        state[1] + TAPS[9] * row,
+        state[2] + TAPS[8] * row,
+        state[3] + TAPS[7] * row,
+        state[4] + TAPS[6] * row,
+        state[5] + TAPS[5] * row,
+        state[6] + TAPS[4] * row,
+        state[7] + TAPS[3] * row,
+        state[8] + TAPS[2] * row,
+        state[9] + TAPS[1] * row,
+        TAPS[0] * row,
+    )
+
+
+@triton.jit
+def _fetch(x, y, row, column, extra, height, width, sx_h, sx_w, sy_h, sy_w):
+    """One row of x and X̂ in storage type: each lane's two columns, and the ten columns after the last lane's."""
+    x, y = x + row * sx_h, y + row * sy_h
+    inside = row < height
+    even, odd, more = inside & (column < width), inside & (column + 1 < width), inside & (extra < width)
+    return (
+        tl.load(x + column * sx_w, mask=even, other=0.0),
+        tl.load(x + (column + 1) * sx_w, mask=odd, other=0.0),
+        tl.load(x + extra * sx_w, mask=more, other=0.0),
+        tl.load(y + column * sy_w, mask=even, other=0.0),
+        tl.load(y + (column + 1) * sy_w, mask=odd, other=0.0),
+        tl.load(y + extra * sy_w, mask=more, other=0.0),
+    )
+
+
+@triton.jit
+def _ssim_forward(buffer, pair, extra, raw, centre_x, centre_y, states, REAL: tl.constexpr, PITCH: tl.constexpr):
+    """Stages a row of s and d, blurs them and their squares; returns the four means of the windows that end here."""
+    x = tl.join(raw[0].to(REAL), raw[1].to(REAL)) - centre_x
+    y = tl.join(raw[3].to(REAL), raw[4].to(REAL)) - centre_y
+    more_x, more_y = raw[2].to(REAL) - centre_x, raw[5].to(REAL) - centre_y
+    tl.store(buffer + pair, x + y)
+    tl.store(buffer + PITCH + pair, x - y)
+    tl.store(buffer + extra, more_x + more_y)
+    tl.store(buffer + PITCH + extra, more_x - more_y)
+    tl.debug_barrier()
+    s, s_squares = _blur_row(buffer + pair, True)
+    d, d_squares = _blur_row(buffer + PITCH + pair, True)
+    mean_s, state_s = _blur_column(states[0], s)
+    mean_d, state_d = _blur_column(states[1], d)
+    mean_ss, state_ss = _blur_column(states[2], s_squares)
+    mean_dd, state_dd = _blur_column(states[3], d_squares)
+    return mean_s, mean_d, mean_ss, mean_dd, (state_s, state_d, state_ss, state_dd)
+
+
+@triton.jit
+def _reconstruction_tile(
+    x, y, dy, scratch, partials, tile, tiles,
+    channels, height, width, strips, bands, rows,
+    sx_n, sx_c, sx_h, sx_w, sy_n, sy_c, sy_h, sy_w, sg_n, sg_c, sg_h, sg_w,
+    ssim_weight, l2_weight,
+    GRADIENT: tl.constexpr, REAL: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Sums of 1 − SSIM and of squared errors over one tile, and the gradient of the weighted terms on it.
+
+    A tile is ``rows`` rows of one plane by up to 2 · LANES columns (the last strip's reach to the border). It owns both its
+    pixels and the windows that begin at them. The gradient at a pixel needs the windows that begin up to 10 before it, and
+    they need pixels up to 10 beyond it.
+
+    x, y, dy: [N, C, H, W] with the strides sx, sy, sg. partials: [2, tiles]. scratch: [tiles, 2, STAGED, PITCH].
+    """
+    SPAN: tl.constexpr = 2 * LANES
+    PITCH: tl.constexpr = SPAN + 32  # room for ten columns on either side
+    channel, strip = tile % channels, tile // channels % strips
+    band = tile // (channels * strips) % bands
+    image = (tile // (channels * strips * bands)).to(tl.int64)
+    x += image * sx_n + channel * sx_c
+    y += image * sy_n + channel * sy_c
+    dy += image * sg_n + channel * sg_c
+    scratch += tile.to(tl.int64) * (2 * STAGED * PITCH)
+
+    # Strips after the first begin ten columns early, at windows which the strip before owns but whose derivatives this one
+    # needs; ``shift`` leads from a lane's windows to its pixels.
+    shift = tl.minimum(strip, 1) * HALO
+    start = strip * (SPAN - HALO)
+    end = tl.where(strip == strips - 1, width, start + SPAN)
+    top = band * rows
+    bottom = tl.minimum(top + rows, height)
+    first = tl.maximum(top - HALO, 0)
+
+    lane = tl.arange(0, LANES)
+    pair = 2 * lane[:, None] + tl.arange(0, 2)[None, :]
+    extra = SPAN + tl.arange(0, 16)
+    is_window = start + pair < width - HALO
+    is_owned = is_window & (pair >= shift) & (start + pair < end)
+    column = start + shift + 2 * lane
+
+    raw = _fetch(
+        x, y, (first + tl.minimum(bottom + HALO, height)) // 2, start + 2 * lane, start + extra, height, width,
+        sx_h, sx_w, sy_h, sy_w,
+    )  # fmt: skip
+    count = tl.cast(tl.minimum(width - start, SPAN), REAL)
+    centre_x = tl.sum(raw[0].to(REAL) + raw[1].to(REAL), 0) / count
+    centre_y = tl.sum(raw[3].to(REAL) + raw[4].to(REAL), 0) / count
+    offset_s, offset_d = centre_x + centre_y, centre_x - centre_y
+
+    none = tl.zeros([LANES], REAL)
+    none = tl.join(none, none)
+    empty = (none, none, none, none, none, none, none, none, none, none)
+    states, slopes = (empty, empty, empty, empty), (empty, empty, empty)
+    dissimilarity, squared_error = none, none
+    mean_slope, s_slope, d_slope = none, none, none
+    if GRADIENT:
+        # What lies beside the windows is zero: it has no part in any gradient.
+        margin = tl.arange(0, 16)
+        for k in tl.static_range(2):
+            for j in tl.static_range(2, STAGED):
+                blank = scratch + (k * STAGED + j) * PITCH + margin
+                tl.store(blank, tl.zeros([16], REAL), mask=margin < HALO)
+                tl.store(blank + SPAN + HALO, tl.zeros([16], REAL), mask=margin < HALO)
+
+    raw = _fetch(x, y, first, start + 2 * lane, start + extra, height, width, sx_h, sx_w, sy_h, sy_w)
+    for row in range(first, first + HALO):
+        buffer = scratch + (row % 2) * (STAGED * PITCH)
+        _, _, _, _, states = _ssim_forward(buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH)
+        raw = _fetch(x, y, row + 1, start + 2 * lane, start + extra, height, width, sx_h, sx_w, sy_h, sy_w)
+
+    # Each turn adds a row of pixels, which completes a row of windows ten rows up and, the turn after (so that everything
+    # staged waits at one barrier), the gradient of the row of pixels where those windows begin.
+    for row in range(first + HALO, bottom + HALO + 1):
+        buffer = scratch + (row % 2) * (STAGED * PITCH)
+        if GRADIENT:
+            tl.store(buffer + 2 * PITCH + HALO + pair, mean_slope)
+            tl.store(buffer + 3 * PITCH + HALO + pair, s_slope)
+            tl.store(buffer + 4 * PITCH + HALO + pair, d_slope)
+        mean_s, mean_d, mean_ss, mean_dd, states = _ssim_forward(
+            buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH
+        )
+        raw = _fetch(x, y, row + 1, start + 2 * lane, start + extra, height, width, sx_h, sx_w, sy_h, sy_w)
+
+        pixel = row - HALO - 1
+        if pixel >= top:
+            even, odd = column < end, column + 1 < end
+            x_row, y_row = x + pixel * sx_h + column * sx_w, y + pixel * sy_h + column * sy_w
+            x_pixel = tl.join(
+                tl.load(x_row, mask=even, other=0.0).to(REAL), tl.load(x_row + sx_w, mask=odd, other=0.0).to(REAL)
+            )
+            y_pixel = tl.join(
+                tl.load(y_row, mask=even, other=0.0).to(REAL), tl.load(y_row + sy_w, mask=odd, other=0.0).to(REAL)
+            )
+            difference = y_pixel - x_pixel
+            squared_error += difference * difference
+            if GRADIENT:
+                blurred = buffer + 2 * PITCH + shift + pair
+                of_mean, _ = _blur_row(blurred, False)
+                of_s, _ = _blur_row(blurred + PITCH, False)
+                of_d, _ = _blur_row(blurred + 2 * PITCH, False)
+                slope = of_mean + (x_pixel + y_pixel - offset_s) * of_s + (difference + offset_d) * of_d
+                gradient_even, gradient_odd = tl.split(ssim_weight * slope + l2_weight * difference)
+                gradient_row = dy + pixel * sg_h + column * sg_w
+                tl.store(gradient_row, gradient_even.to(dy.dtype.element_ty), mask=even)
+                tl.store(gradient_row + sg_w, gradient_odd.to(dy.dtype.element_ty), mask=odd)
+
+        window = row - HALO
+        var_s, var_d = mean_ss - mean_s * mean_s, mean_dd - mean_d * mean_d
+        mu_s, mu_d = mean_s + offset_s, mean_d + offset_d
+        mu_d_squared = mu_d * mu_d
+        V = 0.5 * (var_s + var_d) + SSIM_C2
+        P = 0.5 * (mu_s * mu_s + mu_d_squared) + SSIM_C1
+        both = 1.0 / (V * P)
+        over_V, over_P = both * P, both * V
+        epsilon, lam = var_d * over_V, mu_d_squared * over_P
+        counted = is_owned & (window >= top) & (window < tl.minimum(bottom, height - HALO))
+        dissimilarity += tl.where(counted, lam + epsilon - lam * epsilon, 0.0)
+        if GRADIENT:
+            # Half the derivatives of SSIM by E[s²] and E[d²], and by the mean of X̂ (through both and by itself).
+            real = is_window & (window < height - HALO)
+            half = 0.5 * (1.0 - lam) * over_V
+            by_ss = half * epsilon
+            by_dd = by_ss - 2.0 * half
+            by_mean = mean_d * by_dd - mean_s * by_ss
+            by_mean += (1.0 - epsilon) * over_P * (mu_d + 0.5 * (mu_s - mu_d) * lam)
+            mean_slope, mean_state = _blur_column(slopes[0], tl.where(real, by_mean, 0.0))
+            s_slope, s_state = _blur_column(slopes[1], tl.where(real, by_ss, 0.0))
+            d_slope, d_state = _blur_column(slopes[2], tl.where(real, by_dd, 0.0))
+            slopes = (mean_state, s_state, d_state)
+
+    tl.store(partials + tile, tl.sum(tl.sum(dissimilarity, 1), 0))
+    tl.store(partials + tiles + tile, tl.sum(tl.sum(squared_error, 1), 0))
+
+
+# --- launch 1: focal loss and sparsity KL ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _log_probabilities(z, truth):
+    """log σ(z), log σ(−z), and the same of the wrong and of the true class; finite and right where σ saturates."""
+    u = z * (1.0 - 2.0 * truth)  # |u| = |z|: one logarithm serves all four, and NaN in either input reaches them
+    tail = tl.log(1.0 + tl.exp(-tl.abs(u)))
+    return tl.minimum(z, 0.0) - tail, tl.minimum(-z, 0.0) - tail, tl.minimum(u, 0.0) - tail, tl.minimum(-u, 0.0) - tail
+
+
+@triton.jit
+def _add_exponential(total, most, log_value):
+    """``total`` · exp(``most``) is a sum; adds exp(``log_value``). A maximum may pass over NaN, the sum does not."""
+    step = tl.exp(-tl.abs(log_value - most))
+    return tl.where(log_value > most, total * step + 1.0, total + step), tl.maximum(most, log_value)
+
+
+@triton.jit
+def _log_of_sums(total, most, axis: tl.constexpr):
+    """log of the sum along ``axis`` of the sums that ``_add_exponential`` gathered."""
+    highest = tl.max(most, axis, keep_dims=True)
+    return tl.max(highest, axis) + tl.log(tl.sum(total * tl.exp(most - highest), axis))
+
+
+@triton.jit
+def _mask_block(
+    logits, mask, partials, block, blocks, blocks_per_image, pixels, gamma,
+    PIXEL_KL: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Over one block of an image's logits: the sum of the focal loss, and log Σ σ(±z) (``pixel``: Σ log σ(±z)).
+
+    logits, mask: [N, pixels]. partials: [3, blocks].
+    """
+    logits += (block // blocks_per_image).to(tl.int64) * pixels
+    mask += (block // blocks_per_image).to(tl.int64) * pixels
+    first = block % blocks_per_image * BLOCK
+    zero = tl.zeros([STEP], REAL)
+    focal, sum_p, sum_q = zero, zero, zero
+    most_p, most_q = zero + LOWEST, zero + LOWEST
+    for start in range(first, tl.minimum(first + BLOCK, pixels), STEP):
+        offset = start + tl.arange(0, STEP)
+        inside = offset < pixels
+        z = tl.load(logits + offset, mask=inside, other=0.0).to(REAL)
+        truth = tl.load(mask + offset, mask=inside, other=0).to(REAL)
+        log_p, log_q, log_miss, log_hit = _log_probabilities(z, truth)
+        power = tl.exp(tl.cast(gamma, REAL) * tl.maximum(log_miss, LOG_CLAMP))
+        focal -= tl.where(inside, power * log_hit, 0.0)
+        if PIXEL_KL:
+            sum_p += tl.where(inside, log_p, 0.0)
+            sum_q += tl.where(inside, log_q, 0.0)
+        else:
+            sum_p, most_p = _add_exponential(sum_p, most_p, tl.where(inside, log_p, LOWEST))
+            sum_q, most_q = _add_exponential(sum_q, most_q, tl.where(inside, log_q, LOWEST))
+    tl.store(partials + block, tl.sum(focal, 0))
+    if PIXEL_KL:
+        tl.store(partials + blocks + block, tl.sum(sum_p, 0))
+        tl.store(partials + 2 * blocks + block, tl.sum(sum_q, 0))
+    else:
+        tl.store(partials + blocks + block, _log_of_sums(sum_p, most_p, 0))
+        tl.store(partials + 2 * blocks + block, _log_of_sums(sum_q, most_q, 0))
+
+
+@triton.jit
+def objective_forward_kernel(
+    x, y, dy, logits, mask, scratch, tile_partials, block_partials,
+    images, channels, height, width, strips, bands, rows, blocks, blocks_per_image,
+    sx_n, sx_c, sx_h, sx_w, sy_n, sy_c, sy_h, sy_w, sg_n, sg_c, sg_h, sg_w,
+    reconstruction_weight, ssim_weight, l2_weight, gamma,
+    GRADIENT: tl.constexpr, PIXEL_KL: tl.constexpr, REAL: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Launch 1. The first ``blocks`` programs take a block of logits each, the others a tile each."""
+    program = tl.program_id(0)
+    if program < blocks:
+        _mask_block(
+            logits, mask, block_partials, program, blocks, blocks_per_image, height * width, gamma,
+            PIXEL_KL, REAL, BLOCK, STEP,
+        )  # fmt: skip
+    else:
+        tiles = images * channels * strips * bands
+        planes = tl.cast(images * channels, REAL)
+        scale = 2.0 * tl.cast(reconstruction_weight, REAL) / planes
+        ssim_scale = scale * tl.cast(ssim_weight, REAL) / tl.cast((height - HALO) * (width - HALO), REAL)
+        l2_scale = scale * tl.cast(l2_weight, REAL) / tl.cast(height * width, REAL)
+        _reconstruction_tile(
+            x, y, dy, scratch, tile_partials, program - blocks, tiles,
+            channels, height, width, strips, bands, rows,
+            sx_n, sx_c, sx_h, sx_w, sy_n, sy_c, sy_h, sy_w, sg_n, sg_c, sg_h, sg_w,
+            -ssim_scale, l2_scale,
+            GRADIENT, REAL, LANES,
+        )  # fmt: skip
+
+
+# --- launch 2: from partial sums to terms ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def objective_reduce_kernel(
+    tile_partials, block_partials, per_image, means, total, log_areas,
+    images, channels, height, width, tiles_per_image, blocks_per_image,
+    reconstruction_weight, ssim_weight, l2_weight, focal_weight, kl_weight, rho,
+    PIXEL_KL: tl.constexpr, REAL: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Launch 2, one program. Every sum is taken in an order that depends on shapes alone.
+
+    tile_partials: [2, N · tiles_per_image]. block_partials: [3, N · blocks_per_image]. per_image: [4, N]. means: [4].
+    total: []. log_areas: [2, N], log of the mean of σ(z) and of σ(−z), which the backward of the ``area`` KL needs.
+    """
+    tiles, blocks = images * tiles_per_image, images * blocks_per_image
+    pixels = tl.cast(height * width, REAL)
+    windows = tl.cast((height - HALO) * (width - HALO), REAL)
+    planes = tl.cast(channels, REAL)
+    rho = tl.cast(rho, REAL)
+    zero = tl.zeros([IMAGES], REAL)
+    sum_dissimilarity, sum_mse, sum_focal, sum_kl = zero, zero, zero, zero
+    for first in range(0, images, IMAGES):
+        image = first + tl.arange(0, IMAGES)
+        inside = image < images
+
+        dissimilarity, squared_error = zero, zero
+        for start in range(0, tiles_per_image, BLOCK):
+            offset = start + tl.arange(0, BLOCK)
+            at = tile_partials + image[:, None] * tiles_per_image + offset[None, :]
+            present = inside[:, None] & (offset < tiles_per_image)[None, :]
+            dissimilarity += tl.sum(tl.load(at, mask=present, other=0.0), 1)
+            squared_error += tl.sum(tl.load(at + tiles, mask=present, other=0.0), 1)
+
+        focal = zero
+        sum_p = tl.zeros([IMAGES, BLOCK], REAL)
+        sum_q, most_p, most_q = sum_p, sum_p + LOWEST, sum_p + LOWEST
+        for start in range(0, blocks_per_image, BLOCK):
+            offset = start + tl.arange(0, BLOCK)
+            at = block_partials + image[:, None] * blocks_per_image + offset[None, :]
+            present = inside[:, None] & (offset < blocks_per_image)[None, :]
+            focal += tl.sum(tl.load(at, mask=present, other=0.0), 1)
+            if PIXEL_KL:
+                sum_p += tl.load(at + blocks, mask=present, other=0.0)
+                sum_q += tl.load(at + 2 * blocks, mask=present, other=0.0)
+            else:
+                log_p = tl.load(at + blocks, mask=present, other=LOWEST)
+                log_q = tl.load(at + 2 * blocks, mask=present, other=LOWEST)
+                sum_p, most_p = _add_exponential(sum_p, most_p, log_p)
+                sum_q, most_q = _add_exponential(sum_q, most_q, log_q)
+        if PIXEL_KL:
+            log_p, log_q = tl.sum(sum_p, 1) / pixels, tl.sum(sum_q, 1) / pixels
+        else:
+            log_p = _log_of_sums(sum_p, most_p, 1) - tl.log(pixels)
+            log_q = _log_of_sums(sum_q, most_q, 1) - tl.log(pixels)
+
+        dissimilarity, squared_error = dissimilarity / (planes * windows), squared_error / (planes * pixels)
+        focal = focal / pixels
+        kl = rho * (tl.log(rho) - log_p) + (1.0 - rho) * (tl.log(1.0 - rho) - log_q)
+        tl.store(per_image + image, dissimilarity, mask=inside)
+        tl.store(per_image + images + image, squared_error, mask=inside)
+        tl.store(per_image + 2 * images + image, focal, mask=inside)
+        tl.store(per_image + 3 * images + image, kl, mask=inside)
+        tl.store(log_areas + image, log_p, mask=inside)
+        tl.store(log_areas + images + image, log_q, mask=inside)
+        sum_dissimilarity += dissimilarity
+        sum_mse += squared_error
+        sum_focal += focal
+        sum_kl += tl.where(inside, kl, 0.0)
+
+    count = tl.cast(images, REAL)
+    dissimilarity, mse = tl.sum(sum_dissimilarity, 0) / count, tl.sum(sum_mse, 0) / count
+    focal, kl = tl.sum(sum_focal, 0) / count, tl.sum(sum_kl, 0) / count
+    tl.store(means, dissimilarity)
+    tl.store(means + 1, mse)
+    tl.store(means + 2, focal)
+    tl.store(means + 3, kl)
+    reconstruction = tl.cast(ssim_weight, REAL) * dissimilarity + tl.cast(l2_weight, REAL) * mse
+    segmentation = tl.cast(focal_weight, REAL) * focal + tl.cast(kl_weight, REAL) * kl
+    tl.store(total, tl.cast(reconstruction_weight, REAL) * reconstruction + segmentation)
+
+
+# --- launch 3: backward ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def objective_backward_kernel(
+    upstream, saved_dy, dy, logits, mask, log_areas, dlogits,
+    elements, elementwise_blocks, blocks_per_image, images, pixels,
+    focal_weight, gamma, kl_weight, rho,
+    PIXEL_KL: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Launch 3. The first ``elementwise_blocks`` programs scale the saved gradient, the others make that of the logits.
+
+    upstream: [], dL/dtotal. saved_dy, dy: ``elements`` values in one order. logits, mask, dlogits: [N, pixels].
+    """
+    program = tl.program_id(0)
+    g = tl.load(upstream).to(REAL)
+    if program < elementwise_blocks:
+        at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < elements
+        slope = tl.load(saved_dy + at, mask=inside, other=0.0).to(REAL)
+        tl.store(dy + at, (g * slope).to(dy.dtype.element_ty), mask=inside)
+    else:
+        block = program - elementwise_blocks
+        image = block // blocks_per_image
+        offset = block % blocks_per_image * BLOCK + tl.arange(0, BLOCK)
+        inside = offset < pixels
+        at = image.to(tl.int64) * pixels + offset
+        z = tl.load(logits + at, mask=inside, other=0.0).to(REAL)
+        truth = tl.load(mask + at, mask=inside, other=0).to(REAL)
+        rho = tl.cast(rho, REAL)
+        log_p, log_q, log_miss, log_hit = _log_probabilities(z, truth)
+        miss, hit = tl.exp(log_miss), tl.exp(log_hit)
+        power = tl.exp(tl.cast(gamma, REAL) * tl.maximum(log_miss, LOG_CLAMP))
+        of_power = tl.where(log_miss >= LOG_CLAMP, tl.cast(gamma, REAL) * hit, 0.0)  # d log(power) / du
+        focal = (1.0 - 2.0 * truth) * power * (miss - of_power * log_hit)
+        if PIXEL_KL:
+            kl = (tl.exp(log_p) - rho) / tl.cast(pixels, REAL)
+        else:
+            mean_log_p, mean_log_q = tl.load(log_areas + image), tl.load(log_areas + images + image)
+            both = log_p + log_q  # log of σ(z) · σ(−z), the derivative of σ
+            kl = ((1.0 - rho) * tl.exp(both - mean_log_q) - rho * tl.exp(both - mean_log_p)) / tl.cast(pixels, REAL)
+        slope = tl.cast(focal_weight, REAL) * focal / tl.cast(pixels, REAL) + tl.cast(kl_weight, REAL) * kl
+        tl.store(dlogits + at, (g / tl.cast(images, REAL) * slope).to(dlogits.dtype.element_ty), mask=inside)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------------
+
+# Contraction of a·b + c is what the operation count above counts on; Triton's default for it changes in 3.10.
+ONE_WARP: dict[str, Any] = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+REDUCE: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
+BACKWARD: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def tiling(images: int, channels: int, height: int, width: int, lanes: int) -> tuple[int, int, int]:
+    """(strips, bands, rows a band) of each plane, from shapes alone so that results do not depend on the machine.
+
+    A band repeats 10 rows of the forward and 10 of the backward of its neighbour, so bands are as tall as keeps a GPU busy.
+    """
+    span, halo = 2 * lanes, WINDOW - 1
+    # The last strip reaches ten columns further than the others: no windows begin in an image's last ten columns.
+    strips = 1 if width <= span else max(2, math.ceil((width - span - halo) / (span - halo)) + 1)
+    rows = 64 if images * channels * strips * math.ceil(height / 64) >= 2048 else 32
+    return strips, math.ceil(height / rows), rows
+
+
+def forward(
+    x: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor, weights: ObjectiveWeights, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launches 1 and 2.
+
+    Args:
+        x, reconstruction: [N, C, H, W], any strides, H and W at least 11.
+        logits, mask: [N, 1, H, W]; copied if they are not contiguous.
+        gradients: whether to make dL/dX̂.
+
+    Returns:
+        total [], means [4], per_image [4, N] in float32 (float64 for float64 inputs); dL/dX̂ in the reconstruction's strides
+        (empty without ``gradients``); log_areas [2, N]. The gradient has the reconstruction's type, but for float16: a loss
+        scale may lift into its range what underflows alone, so that gradient stays in float32.
+    """
+    images, channels, height, width = x.shape
+    real = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
+    logits, mask = logits.contiguous(), _bytes(mask).contiguous()
+    lanes = 64 if torch.version.hip else 32
+    strips, bands, rows = tiling(images, channels, height, width, lanes)
+    tiles_per_image, blocks_per_image = channels * strips * bands, math.ceil(height * width / MASK_BLOCK)
+    tiles, blocks = images * tiles_per_image, images * blocks_per_image
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=real, device=x.device)
+
+    saved = torch.float32 if reconstruction.dtype == torch.float16 else reconstruction.dtype
+    dy = torch.empty_like(reconstruction, dtype=saved) if gradients else torch.empty(0, dtype=saved, device=x.device)
+    strides = dy.stride() if gradients else (0, 0, 0, 0)
+    scratch = new(tiles, 2, STAGED.value, 2 * lanes + 32)
+    tile_partials, block_partials = new(2, tiles), new(3, blocks)
+    total, means, per_image, log_areas = new(), new(4), new(4, images), new(2, images)
+    w, pixel = weights, weights.kl_form == "pixel"
+    types = {"REAL": _TRITON[real], "PIXEL_KL": pixel}
+    with _on(x.device):
+        objective_forward_kernel[(blocks + tiles,)](
+            x, reconstruction, dy, logits, mask, scratch, tile_partials, block_partials,
+            images, channels, height, width, strips, bands, rows, blocks, blocks_per_image,
+            *x.stride(), *reconstruction.stride(), *strides,
+            w.reconstruction, w.ssim, w.l2, w.gamma,
+            GRADIENT=gradients, LANES=lanes, BLOCK=MASK_BLOCK, STEP=MASK_STEP, **types, **ONE_WARP,
+        )  # fmt: skip
+        objective_reduce_kernel[(1,)](
+            tile_partials, block_partials, per_image, means, total, log_areas,
+            images, channels, height, width, tiles_per_image, blocks_per_image,
+            w.reconstruction, w.ssim, w.l2, w.focal, w.kl, w.rho,
+            IMAGES=64, BLOCK=32, **types, **REDUCE,
+        )  # fmt: skip
+    return total, means, per_image, dy, log_areas
+
+
+def backward(
+    upstream: Tensor, saved: Tensor, log_areas: Tensor, logits: Tensor, mask: Tensor, weights: ObjectiveWeights,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch 3: the gradients for reconstruction (in ``dtype``) and logits, from dL/dtotal [] and what ``forward`` returned."""
+    images, pixels = logits.shape[0], logits[0].numel()
+    logits, mask = logits.contiguous(), _bytes(mask).contiguous()
+    dy, dlogits = torch.empty_like(saved, dtype=dtype), torch.empty_like(logits)
+    elementwise, blocks_per_image = math.ceil(saved.numel() / BACKWARD_BLOCK), math.ceil(pixels / BACKWARD_BLOCK)
+    with _on(logits.device):
+        objective_backward_kernel[(elementwise + images * blocks_per_image,)](
+            upstream, saved, dy, logits, mask, log_areas, dlogits,
+            saved.numel(), elementwise, blocks_per_image, images, pixels,
+            weights.focal, weights.gamma, weights.kl, weights.rho,
+            PIXEL_KL=weights.kl_form == "pixel", REAL=_TRITON[log_areas.dtype], BLOCK=BACKWARD_BLOCK, **BACKWARD,
+        )  # fmt: skip
+    return dy, dlogits
+
+
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
