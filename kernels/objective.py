@@ -258,7 +258,7 @@ def _gradients(backward: Any, ctx: Any, upstream: Tensor | None) -> tuple[Any, .
 
 
 class _Objective(torch.autograd.Function):
-    """Eager mode, past the dispatcher, whose way through ``torch.ops.wads`` adds 180 µs to a call (measured, one CPU core)."""
+    """Eager mode, past the dispatcher: ``torch.ops.wads`` adds 57 µs to a call, 30 µs to its backward (one CPU core)."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

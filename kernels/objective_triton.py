@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.compiled import WARP_SIZE, KernelSpec
 from kernels.objective import C1, C2, SIGMA, WINDOW, ObjectiveWeights
 
 _GAUSS = [math.exp(-((t - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for t in range(WINDOW)]
@@ -591,3 +592,42 @@ def _bytes(mask: Tensor) -> Tensor:
 def _on(device: torch.device) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def compile_specs() -> list[KernelSpec]:
+    """The variants that training uses, for the report of ``compiled.py``."""
+    specs = []
+    for kind, layout in (("fp32", "contiguous"), ("bf16", "channels_last")):
+        kinds = {"x": f"*{kind}", "y": f"*{kind}", "dy": f"*{kind}", "logits": f"*{kind}", "mask": "*u8"}
+        kinds |= {name: "*fp32" for name in ("scratch", "tile_partials", "block_partials")}
+        kinds |= {name: "i32:16" for name in ("height", "width")}
+        kinds |= {
+            name: "i32" for name in ("images", "channels", "strips", "bands", "rows", "blocks", "blocks_per_image")
+        }
+        kinds |= {name: "fp32" for name in ("reconstruction_weight", "ssim_weight", "l2_weight", "gamma")}
+        constants = {"GRADIENT": True, "PIXEL_KL": False, "REAL": tl.float32, "LANES": WARP_SIZE}
+        constants |= {"BLOCK": MASK_BLOCK, "STEP": MASK_STEP}
+        # As Triton specialises the strides of 3×128×128: one is a constant, multiples of 16 are known to be that.
+        for tensor in ("sx", "sy", "sg"):
+            unit, odd = ("w", "") if layout == "contiguous" else ("c", "w")
+            kinds |= {f"{tensor}_{axis}": "i32" if axis == odd else "i32:16" for axis in "nchw" if axis != unit}
+            constants[f"{tensor}_{unit}"] = 1
+        specs.append(
+            KernelSpec(f"objective_forward {kind} {layout}", objective_forward_kernel, kinds, constants, num_warps=1)
+        )
+
+    kinds = {name: "*fp32" for name in objective_reduce_kernel.arg_names[:6]}
+    kinds |= {name: "i32" for name in ("images", "channels", "tiles_per_image", "blocks_per_image")}
+    kinds |= {name: "i32:16" for name in ("height", "width")}
+    kinds |= {name: "fp32" for name in objective_reduce_kernel.arg_names[12:18]}
+    constants = {"PIXEL_KL": False, "REAL": tl.float32, "IMAGES": 64, "BLOCK": 32}
+    specs.append(KernelSpec("objective_reduce", objective_reduce_kernel, kinds, constants, num_warps=8))
+
+    kinds = {name: "*bf16" for name in ("saved_dy", "dy", "logits", "dlogits")}
+    kinds |= {"upstream": "*fp32", "mask": "*u8", "log_areas": "*fp32"}
+    kinds |= {name: "i32:16" for name in ("elements", "elementwise_blocks", "pixels")}
+    kinds |= {name: "i32" for name in ("blocks_per_image", "images")}
+    kinds |= {name: "fp32" for name in ("focal_weight", "gamma", "kl_weight", "rho")}
+    constants = {"PIXEL_KL": False, "REAL": tl.float32, "BLOCK": BACKWARD_BLOCK}
+    specs.append(KernelSpec("objective_backward bf16", objective_backward_kernel, kinds, constants, num_warps=4))
+    return specs
