@@ -253,10 +253,44 @@ class TrainerConfig(_Section):
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: the node's cores / its ranks")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")
+    max_rejected: int = Field(
+        20,
+        ge=1,
+        description="steps in a row that may be skipped because losses or gradients are not finite (fp16 skips about ten "
+        "while it finds its loss scale); then the category is given up",
+    )
+    spike_factor: float = Field(
+        5.0,
+        ge=0,
+        description="a step is skipped if its loss (generator and segmenter, mean over ranks) is more than this many times the "
+        "median of the last trainer.spike_window steps taken; in ordinary runs it stays below 1.5 times (0: off)",
+    )
+    spike_window: int = Field(
+        50, ge=1, description="steps whose median is the ordinary loss; no step is skipped before there are so many"
+    )
+    spike_patience: int = Field(
+        5,
+        ge=1,
+        description="after so many spikes without a step taken, the loss has changed for good: the next is taken, and the "
+        "window starts anew",
+    )
+    hang_timeout: float = Field(
+        300.0,
+        ge=0,
+        description="seconds within a step after which a rank that makes no progress is named and its category ended "
+        "(0: never); longer than the first step, which may compile",
+    )
     deterministic: bool = Field(
         False,
         description="deterministic GPU operations where torch has them, at some cost in speed (CPUs always are)",
     )
+
+    @field_validator("spike_factor")
+    @classmethod
+    def _ordinary_losses_are_no_spikes(cls, factor: float) -> float:
+        if 0 < factor <= 1:
+            raise ValueError("must be above 1, or 0 for off")
+        return factor
 
     @field_validator("betas")
     @classmethod
@@ -272,6 +306,11 @@ class CheckpointConfig(_Section):
     every_minutes: float = Field(10.0, ge=0, description="minutes between two checkpoints (0: not by time)")
     every_steps: int | None = Field(None, ge=1, description="steps between two checkpoints; none: not by steps")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
+    keep_best: bool = Field(
+        True,
+        description="also keep the checkpoint with the lowest mean training loss since the save before it: a training loss, "
+        "not a score on held-out images",
+    )
 
 
 class EvaluationConfig(_Section):
@@ -474,6 +513,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     micro = trainer.micro_batch_size
     if micro is not None and trainer.global_batch_size % micro:
         yield f"trainer.micro_batch_size {micro}: does not divide trainer.global_batch_size {trainer.global_batch_size}"
+    if trainer.spike_factor and trainer.spike_patience >= trainer.max_rejected:
+        yield (
+            f"trainer.spike_patience {trainer.spike_patience}: must be below trainer.max_rejected {trainer.max_rejected}, or "
+            "spikes alone would end the category"
+        )
     if trainer.samples < trainer.global_batch_size:
         yield (
             f"trainer.samples {trainer.samples}: less than one step of trainer.global_batch_size "

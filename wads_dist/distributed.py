@@ -45,12 +45,13 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def any(self, flag: Tensor) -> bool:
-        """True on every rank if ``flag`` (a bool scalar on the device) is true on any. One host synchronisation."""
-        flag = flag.to(torch.int32)
-        if self.world_size > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def gather_rows(self, row: Tensor) -> list[list[float]]:
+        """``row`` ([K] on the device) of every rank, in rank order, on every rank. One collective, one host synchronisation."""
+        if self.world_size == 1:
+            return [row.tolist()]
+        rows = row.new_empty(self.world_size * len(row))
+        dist.all_gather_into_tensor(rows, row)
+        return rows.view(self.world_size, -1).tolist()
 
     def gather(self, value: T) -> list[T]:
         """``value`` of every rank, in rank order, on every rank."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from wads_dist.config import Config, load_config
-from wads_dist.errors import EXPLAINED, exit_code
+from wads_dist.errors import EXPLAINED, RankLostError, exit_code
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,7 +40,7 @@ def main(action: Callable[[Config], int], argv: Sequence[str] | None = None) -> 
         check_checkout()
         return action(load_config(argv))
     except EXPLAINED as error:
-        if first:
+        if first or isinstance(error, RankLostError):  # the first rank may be the one that is gone
             text = str(error) or "interrupted; the same command goes on from the last checkpoint"
             Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
         return exit_code(error)

@@ -16,6 +16,8 @@ class ExitCode(IntEnum):
     CATEGORY_FAILED = 4
     REFUSED_RESUME = 5
     NOT_FINITE = 6
+    PREEMPTED = 7
+    RANK_LOST = 8
     INTERRUPTED = 130
 
 
@@ -41,6 +43,20 @@ class NotFiniteError(WadsError):
     """Too many steps in a row whose loss or gradients were not finite."""
 
     exit_code = ExitCode.NOT_FINITE
+
+
+class PreemptedError(WadsError):
+    """Asked to stop by a signal; what could be saved is."""
+
+    exit_code = ExitCode.PREEMPTED
+
+
+class RankLostError(WadsError):
+    """Another launched rank hangs, is gone, or has ended with an exit code of its own, so that this one cannot go on."""
+
+    def __init__(self, message: str, code: int = ExitCode.RANK_LOST) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode(code)
 
 
 EXPLAINED = (WadsError, DataError, ConfigError, KeyboardInterrupt)

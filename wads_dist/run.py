@@ -1,17 +1,18 @@
 """A run: prepares its folder, trains every category in child processes of their own, and sums up.
 
-Every launched rank is a supervisor. It holds no model; for each category it starts one worker with the same rank and a fresh
-rendezvous, and watches it. A worker that dies ends its peers and fails its category; the next category starts anew.
+Every launched rank is a supervisor (``supervisor.py``). For each category it starts one worker with the same rank and a fresh
+rendezvous. A worker that dies ends its peers and fails its category; the next category starts anew.
 """
 
 import hashlib
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,20 +23,23 @@ from rich.console import Console
 
 from shards.build import build
 from shards.errors import DataError
+from shards.files import locked
 from shards.source import Dataset
 from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, config_difference, load_config
 from wads_dist.data import open_texture_bank
 from wads_dist.deepspeed_config import deepspeed_config, read_settings, resolve_precision
 from wads_dist.distributed import Ranks
-from wads_dist.errors import ExitCode, ResumeError, WadsError, exit_code
+from wads_dist.errors import ExitCode, PreemptedError, ResumeError, WadsError, exit_code
 from wads_dist.evaluate import evaluate, load_model
-from wads_dist.rendezvous import Launch, free_port
+from wads_dist.rendezvous import Launch
+from wads_dist.signals import StopRequest, stop_with_launcher, supervisor_signals
+from wads_dist.supervisor import supervise
 from wads_dist.tables import reconstruction_table, results_table
 from wads_dist.worker import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIG, DEEPSPEED, SUMMARY, CODE = "config.toml", "deepspeed.json", "summary.json", "code.json"
+CONFIG, DEEPSPEED, SUMMARY, CODE, LOCK = "config.toml", "deepspeed.json", "summary.json", "code.json", ".lock"
 # Settings that may differ between a run and its continuation: none changes what is learnt.
 FREE_TO_CHANGE = (
     "run.",
@@ -45,9 +49,11 @@ FREE_TO_CHANGE = (
     "data.shards",
     "checkpoint.",
     "trainer.log_every",
+    "trainer.max_rejected",
+    "trainer.hang_timeout",
 )
-POLL_SECONDS = 0.2
-GRACE_SECONDS = 20.0
+# Longer than the ranks of a launch outlive their launcher.
+LOCK_SECONDS = 45.0
 
 
 @dataclass
@@ -56,10 +62,14 @@ class Outcome:
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
+    preempted: bool = False
+    """Asked to stop; what was not done yet is neither done nor failed."""
 
     @property
     def status(self) -> int:
         """The exit code: a lone category's own, else one that says that some failed."""
+        if self.preempted:
+            return ExitCode.PREEMPTED
         if not self.failed:
             return ExitCode.OK
         lone = len(self.failed) == 1 and not self.done
@@ -71,11 +81,26 @@ def train_run(config: Config) -> int:
 
     Raises:
         ConfigError, DataError, ResumeError: before anything is trained; on every rank.
+        RankLostError: another launched rank is gone.
+        PreemptedError: asked to stop while nothing was being trained, or asked twice.
     """
     config.require_data()
+    stop = supervisor_signals()
+    stop_with_launcher()
     launch = Launch.from_environment()
-    location, categories = prepare(config, launch)
-    launch.prepared()
+    try:
+        with ExitStack() as held:
+            outcome = train_categories(config, launch, stop, held)
+            launch.leave()
+    except BaseException as error:
+        launch.leave_early(error)
+        raise
+    return outcome.status
+
+
+def train_categories(config: Config, launch: Launch, stop: StopRequest, held: ExitStack) -> Outcome:
+    """Trains the run's missing categories one after the other; the first rank records what became of them."""
+    location, categories = prepare(config, launch, held)
     outcome = Outcome()
     console = Console()
     for category in categories:
@@ -84,21 +109,28 @@ def train_run(config: Config) -> int:
             if launch.is_first:
                 console.print(f"{category}: done already", highlight=False)
             continue
-        code = supervise(config, launch, location, category)
+        code = supervise(config, launch, stop, location, category)
         if code == ExitCode.OK:
             outcome.done.append(category)
+        elif code == ExitCode.PREEMPTED:
+            outcome.preempted = True
+            break
         else:
             outcome.failed[category] = code
             if launch.is_first:
                 console.print(f"[red]{category}: failed with exit code {code}[/red]", highlight=False)
+        if stop.requested:  # too late for the category that has just ended
+            raise PreemptedError("stopped as asked; the same command goes on with the next category")
     if launch.is_first:
-        conclude(config, outcome, console)
-    launch.leave()
-    return outcome.status
+        conclude(config, outcome, categories, console)
+    return outcome
 
 
-def prepare(config: Config, launch: Launch) -> tuple[str, list[str]]:
-    """Builds shards where only images were given, opens the run's folder, and settles what is to be trained."""
+def prepare(config: Config, launch: Launch, held: ExitStack) -> tuple[str, list[str]]:
+    """Builds shards where only images were given, opens the run's folder, and settles what is to be trained.
+
+    ``held`` keeps the folder locked on the first rank.
+    """
     plan: dict[str, Any] = {}
     if launch.is_first:
         try:
@@ -106,7 +138,9 @@ def prepare(config: Config, launch: Launch) -> tuple[str, list[str]]:
             dataset = Dataset.open(location, cache=config.data.cache)
             categories = chosen_categories(config, dataset)
             check_settings(config, launch.world_size)
+            hold_run(config.run.dir, held)
             open_run(config, {name: dataset.index.categories[name].fingerprint for name in categories})
+            record_summary(config.run.dir, Outcome(), categories, over=False)
             plan = {"location": location, "categories": categories}
         except BaseException as error:
             launch.share("plan", json.dumps({"refused": exit_code(error)}))
@@ -160,6 +194,29 @@ def check_settings(config: Config, world_size: int) -> None:
     deepspeed_config(config, world_size)
     resolve_precision(config.trainer.precision, get_accelerator().device_name())
     open_texture_bank(config.data.textures, config.data.cache)
+
+
+def hold_run(folder: Path, held: ExitStack) -> None:
+    """Locks the run's folder until ``held`` is closed or this process ends.
+
+    Raises:
+        ResumeError: another launch still uses it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    path.touch()
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            held.enter_context(locked(path, wait=False))
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ResumeError(
+                    f"{folder} is in use by another launch ({path.read_text()}): end that one, or give another --run.dir"
+                ) from None
+            time.sleep(1)
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
 
 def open_run(config: Config, fingerprints: dict[str, str]) -> None:
@@ -216,66 +273,31 @@ def code_version() -> dict[str, str]:
     return {"commit": commit, "python": platform.python_version()} | {p: version(p) for p in packages}
 
 
-def supervise(config: Config, launch: Launch, location: str, category: str) -> int:
-    """Runs this rank's worker of one category to its end; the same exit code on every rank: the first that is not 0."""
-    port = launch.share(f"{category}/port", str(free_port()) if launch.is_first else None)
-    env = os.environ | {
-        "RANK": str(launch.rank),
-        "WORLD_SIZE": str(launch.world_size),
-        "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
-        "MASTER_ADDR": launch.address,
-        "MASTER_PORT": port,
-        # torch and DeepSpeed deprecate each other's calls; a user can do nothing about it.
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
-    }
-    command = [sys.executable, "-m", "wads_dist.worker", "--run", str(config.run.dir), "--category", category]
-    worker = subprocess.Popen([*command, "--shards", location], env=env)
-    flag = f"{category}/failed"
-    try:
-        while worker.poll() is None:
-            if launch.flag_is_up(flag):
-                stop(worker)
-            time.sleep(POLL_SECONDS)
-        if worker.returncode != 0:
-            launch.raise_flag(flag)
-    except BaseException:
-        stop(worker)
-        raise
-    codes = [int(code) for code in launch.everyone(f"{category}/code", str(worker.returncode))]
-    return first_cause(codes)
-
-
-def first_cause(codes: Sequence[int]) -> int:
-    """The code that explains a failure: a documented one before a crash, a crash before a signal sent by ``stop``."""
-    failures = [code for code in codes if code != 0]
-    if not failures:
-        return 0
-    code = min(failures, key=lambda code: (code <= 0, code == 1, code))
-    return code if code > 0 else 128 - code
-
-
-def stop(worker: "subprocess.Popen[bytes]") -> None:
-    """Ends a worker: politely, then not."""
-    if worker.poll() is None:
-        worker.terminate()
-        try:
-            worker.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
-
-
-def conclude(config: Config, outcome: Outcome, console: Console) -> None:
+def conclude(config: Config, outcome: Outcome, categories: list[str], console: Console) -> None:
     """Writes ``summary.json``, prints the table and says where everything is."""
-    summary = summarise(config.run.dir, outcome.failed)
-    write_text(config.run.dir / SUMMARY, json.dumps(summary, indent=1))
+    summary = record_summary(config.run.dir, outcome, categories, over=True)
     if summary["categories"]:
         console.print(results_table(summary))
         console.print(reconstruction_table(summary))
     console.print(f"Run: {config.run.dir}  (summary.json; per category metrics.json, samples.png)", highlight=False)
     for name, code in outcome.failed.items():
         console.print(f"[red]{name} failed (exit code {code})[/red]; the same command tries it again", highlight=False)
+
+
+def record_summary(folder: Path, outcome: Outcome, categories: list[str], *, over: bool) -> dict[str, Any]:
+    """Writes and returns ``summary.json``: what is done and failed so far, and whether all of ``categories`` are done.
+
+    A launcher's exit code cannot be trusted (DeepSpeed's exits 0 after its inner process was killed); ``complete`` can.
+    """
+    summary = summarise(folder, outcome.failed)
+    missing = [name for name in categories if name not in summary["categories"]]
+    summary |= {
+        "complete": over and not missing,
+        "missing": missing,
+        "exit_code": int(outcome.status) if over else None,
+    }
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1))
+    return summary
 
 
 def summarise(run: Path, failed: dict[str, int]) -> dict[str, Any]:
@@ -317,5 +339,5 @@ def evaluate_run(config: Config) -> int:
         check_fingerprint(path, dataset.manifest(category).fingerprint)
         evaluation = evaluate(model, config, dataset, category, Ranks(0, 1, 0, 1, device))
         write_text(path, json.dumps(json.loads(path.read_text()) | evaluation.metrics, indent=1))
-    conclude(config, Outcome(), Console())
+    conclude(config, Outcome(), categories, Console())
     return ExitCode.OK

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from kernels.objective import ObjectiveTerms, ObjectiveWeights, objective
 from kernels.synthesis import Batch
-from wads_dist import engines
+from wads_dist import engines, guards
 from wads_dist.config import Config, ObjectiveConfig, resolve_batches
 from wads_dist.data import TrainingData, rank_samples
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision
 from wads_dist.distributed import Ranks
 from wads_dist.errors import NotFiniteError
+from wads_dist.guards import Report, Requests, Verdict
 from wads_dist.models import Discriminator, Wads
+from wads_dist.pulse import OwnTime, Pulse
 
-MAX_REJECTED_IN_A_ROW = 20
 CODE_SAMPLES = 128
 
 
@@ -33,10 +34,14 @@ class Progress:
     step: int = 0
     rejected: int = 0
     rejected_in_a_row: int = 0
+    spikes: int = 0
+    spikes_in_a_row: int = 0
     seconds: float = 0.0
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last steps taken, for the spike guard."""
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return vars(self) | {"recent": list(self.recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -48,6 +53,10 @@ class Losses:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
+    first: int = 0
+    """The step's first sample."""
+    verdict: Verdict | None = None
+    """What the ranks agreed on; None until they have."""
 
     def add(self, **terms: Tensor) -> None:
         for name, term in terms.items():
@@ -104,9 +113,20 @@ def learning_rate(config: Config, position: int) -> float:
 class Trainer:
     """Owns the engines and the progress of one category."""
 
-    def __init__(self, config: Config, ranks: Ranks, data: TrainingData) -> None:
-        """Builds networks and engines; every rank starts from the same weights, which depend on the seed only."""
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        data: TrainingData,
+        requests: Callable[[], Requests] = Requests,
+        pulse: Pulse | None = None,
+    ) -> None:
+        """Builds networks and engines; every rank starts from the same weights, which depend on the seed only.
+
+        ``requests`` is asked at every step whether this rank wants to save or to stop; ``pulse`` is told where it stands.
+        """
         self.config, self.ranks, self.data = config, ranks, data
+        self.requests, self.pulse, self.own_time = requests, pulse or Pulse(), OwnTime(ranks.device.type)
         self.precision = resolve_precision(config.trainer.precision, ranks.device.type)
         self.micro_batch_size, self.accumulation = resolve_batches(config, ranks.world_size)
         torch.manual_seed(config.trainer.seed)
@@ -159,13 +179,18 @@ class Trainer:
 
     def step(self, first: int) -> Losses:
         """One optimiser step of both engines on the samples [first, first + global batch), or of neither."""
-        losses = Losses()
+        losses, mark, number = Losses(first=first), self.pulse.mark, self.progress.step
+        seconds = self.own_time.take()  # the last step's: the device has finished it
         micro_batches = self.sample_ids(first)
         upcoming = self.sample_ids(first + self.config.trainer.global_batch_size)[:1]
         buffers = [b.clone() for b in self.gs.module.buffers()]
         for i, ids in enumerate(micro_batches):
-            batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
-            total, terms, extra, x_hat = self.generator_losses(batch)
+            with self.own_time:
+                mark("data", number)
+                batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
+                mark("forward", number)
+                total, terms, extra, x_hat = self.generator_losses(batch)
+            mark("backward", number)
             self.gs.backward(total * self.loss_scale.scale)
             disc = self.discriminator_losses(batch.clean, x_hat)
             self.d.backward(disc * self.loss_scale.scale)
@@ -181,14 +206,34 @@ class Trainer:
             if i + 1 < len(micro_batches):
                 for engine in self.both:
                     engine.step()  # counts the micro-batch; the optimiser steps at the boundary only
-        self._step_both_or_neither(losses, buffers, first)
+        mark("agree", number)
+        grads = [g for engine in self.both for g in engines.gradients(engine)]
+        losses.verdict = verdict = self._agree(losses, grads, seconds)
+        mark("update", number)
+        self._step_both_or_neither(verdict, grads, buffers, first)
+        self._count(verdict, first)
         return losses
 
-    def _step_both_or_neither(self, losses: Losses, buffers: list[Tensor], first: int) -> None:
-        grads = [g for engine in self.both for g in engines.gradients(engine)]
-        local = engines.finite(grads) & torch.isfinite(losses.values["total"] + losses.values["discriminator"])
-        rejected = self.ranks.any(~local)
-        if rejected:
+    def _agree(self, losses: Losses, grads: list[Tensor], seconds: float) -> Verdict:
+        """The step's only collective of our own."""
+        total = losses.values["total"]
+        finite = engines.finite(grads) & torch.isfinite(total + losses.values["discriminator"])
+        wants = self.requests()
+        report = Report(0.0, 0.0, wants.stop, wants.save, seconds)
+        row = torch.tensor(report, dtype=torch.float64).to(total.device)
+        row[0], row[1] = finite, total / losses.count
+        reports = [Report(*r) for r in self.ranks.gather_rows(row)]
+        return guards.judge(reports, self._spike_threshold())
+
+    def _spike_threshold(self) -> float:
+        """Infinite after ``spike_patience`` spikes in a row: that is no spike but another level, and skipping must end."""
+        trainer, progress = self.config.trainer, self.progress
+        if progress.spikes_in_a_row >= trainer.spike_patience:
+            return math.inf
+        return guards.spike_threshold(progress.recent, trainer)
+
+    def _step_both_or_neither(self, verdict: Verdict, grads: list[Tensor], buffers: list[Tensor], first: int) -> None:
+        if verdict.rejected:
             for engine in self.both:
                 engines.discard(engine)
             torch._foreach_copy_(list(self.gs.module.buffers()), buffers)
@@ -201,24 +246,40 @@ class Trainer:
                 engine.step()
             if self.ema:
                 self.ema.update(self.gs.module, self.progress.step + 1)
-        self.loss_scale.update(finite=not rejected)
-        self._count(rejected, first)
+        self.loss_scale.update(finite=verdict.rejected != guards.NOT_FINITE)
 
-    def _count(self, rejected: bool, first: int) -> None:
-        progress = self.progress
+    def _count(self, verdict: Verdict, first: int) -> None:
+        progress, trainer = self.progress, self.config.trainer
         progress.step += 1
-        progress.next_sample = first + self.config.trainer.global_batch_size
-        progress.rejected += rejected
-        progress.rejected_in_a_row = progress.rejected_in_a_row + 1 if rejected else 0
-        if progress.rejected_in_a_row >= MAX_REJECTED_IN_A_ROW:
+        progress.next_sample = first + trainer.global_batch_size
+        if verdict.rejected:
+            progress.rejected += 1
+            progress.rejected_in_a_row += 1
+            progress.spikes += verdict.rejected == guards.SPIKE
+            progress.spikes_in_a_row += verdict.rejected == guards.SPIKE
+            return
+        progress.rejected_in_a_row = progress.spikes_in_a_row = 0
+        if verdict.loss > guards.spike_threshold(progress.recent, trainer):
+            progress.recent.clear()  # accepted out of patience: the ordinary loss is another now
+        progress.recent = [*progress.recent, verdict.loss][-trainer.spike_window :]
+
+    def _give_up_if_hopeless(self, losses: Losses) -> None:
+        progress, limit = self.progress, self.config.trainer.max_rejected
+        if progress.rejected_in_a_row >= limit and losses.verdict and losses.verdict.rejected == guards.NOT_FINITE:
             raise NotFiniteError(
-                f"{MAX_REJECTED_IN_A_ROW} steps in a row had losses or gradients that were not finite; the last used the "
-                f"samples {first} to {progress.next_sample - 1}. Lower trainer.learning_rate, or set "
-                f"trainer.precision = 'fp32', and run the same command again: it goes on from the last checkpoint."
+                f"{limit} steps in a row were skipped, the last because losses or gradients were not finite on rank "
+                f"{', '.join(map(str, losses.verdict.ranks))}; it used the samples {losses.first} to "
+                f"{progress.next_sample - 1}. rejected.jsonl lists the images of all skipped steps. If they look right, lower "
+                f"trainer.learning_rate or set trainer.precision = 'fp32' in a new --run.dir; the same command goes on from "
+                f"the last checkpoint."
             )
 
-    def train(self, on_step: Callable[["Trainer", Losses], None]) -> None:
-        """Steps until the budget is spent; ``on_step`` logs and saves."""
+    def train(self, on_step: Callable[["Trainer", Losses], None]) -> bool:
+        """Steps until the budget is spent, or until a rank asks to stop; ``on_step`` logs and saves. True if all was spent.
+
+        Raises:
+            NotFiniteError: too many steps in a row were skipped.
+        """
         self.gs.train()
         self.d.train()
         started = time.monotonic() - self.progress.seconds
@@ -226,6 +287,10 @@ class Trainer:
             losses = self.step(self.progress.next_sample)
             self.progress.seconds = time.monotonic() - started
             on_step(self, losses)
+            self._give_up_if_hopeless(losses)
+            if losses.verdict and losses.verdict.stop:
+                break
+        return self.progress.next_sample >= self.config.trainer.samples
 
     def inference_state(self) -> dict[str, Tensor]:
         """Whole fp32 weights of generator and segmenter for evaluation and export: the moving average where one is kept,

@@ -15,7 +15,8 @@ from wads_dist.config import Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import ExitCode, ResumeError, WadsError
 from wads_dist.rendezvous import Launch
-from wads_dist.run import evaluate_run, first_cause, mean_of, open_run, summarise, train_run
+from wads_dist.run import evaluate_run, mean_of, open_run, summarise, train_run
+from wads_dist.supervisor import first_cause
 
 SMALL = (
     "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
@@ -107,7 +108,7 @@ def workers_of(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, ExitCode.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, ExitCode.INTERRUPTED), (signal.SIGKILL, -signal.SIGKILL)])
 def test_an_ended_supervisor_leaves_no_worker(
     demo_shards: Path, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
@@ -243,10 +244,11 @@ def test_evaluating_what_has_not_been_trained_is_explained(
 
 
 def test_the_first_cause_explains_a_failure() -> None:
-    assert first_cause([0, 0]) == 0
-    assert first_cause([-15, ExitCode.BAD_DATA]) == ExitCode.BAD_DATA
-    assert first_cause([-15, 1]) == 1
-    assert first_cause([-9, 0]) == 137
+    assert first_cause(["0", "0"]) == ExitCode.OK
+    assert first_cause(["stopped", "3", "1"]) == ExitCode.BAD_DATA
+    assert first_cause(["1", "-9", "stopped"]) == 137  # a worker whose peer was killed crashes
+    assert first_cause(["-6", "1"]) == ExitCode.CRASHED  # and may abort
+    assert first_cause(["0", "stopped"]) == ExitCode.CRASHED
 
 
 def test_mean_of_nested_numbers_leaves_out_what_is_missing() -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from wads_dist.config import load_config
 from wads_dist.errors import NotFiniteError
-from wads_dist.trainer import MAX_REJECTED_IN_A_ROW, Losses, Progress, Trainer, adversarial_loss, discriminator_loss
+from wads_dist.guards import Report, Verdict, judge
+from wads_dist.trainer import Losses, Progress, Trainer, adversarial_loss, discriminator_loss
 from wads_dist.trainer import learning_rate as rate
 
 
@@ -55,14 +56,22 @@ def test_losses_average_over_micro_batches() -> None:
 
 
 def test_training_gives_up_after_many_rejected_steps_and_names_the_samples() -> None:
-    trainer = SimpleNamespace(progress=Progress(), config=load_config(["--data.shards", "x"]))
-    for step in range(MAX_REJECTED_IN_A_ROW - 1):
-        Trainer._count(trainer, True, step * 64)  # type: ignore[arg-type]
-    Trainer._count(trainer, False, 0)  # type: ignore[arg-type]
-    assert trainer.progress.rejected_in_a_row == 0 and trainer.progress.rejected == MAX_REJECTED_IN_A_ROW - 1
-    with pytest.raises(NotFiniteError, match="samples 1216 to 1279"):
-        for step in range(MAX_REJECTED_IN_A_ROW):
-            Trainer._count(trainer, True, step * 64)  # type: ignore[arg-type]
+    trainer = SimpleNamespace(
+        progress=Progress(), config=load_config(["--data.shards", "x", "--trainer.max_rejected", "6"])
+    )
+    good, bad = (judge([Report(float(finite), 1.0, 0, 0, 0)], math.inf) for finite in (True, False))
+
+    def step(verdict: Verdict, number: int) -> None:
+        Trainer._count(trainer, verdict, number * 64)  # type: ignore[arg-type]
+        Trainer._give_up_if_hopeless(trainer, Losses(first=number * 64, verdict=verdict))  # type: ignore[arg-type]
+
+    for number in range(5):
+        step(bad, number)
+    step(good, 0)
+    assert trainer.progress.rejected_in_a_row == 0 and trainer.progress.rejected == 5
+    with pytest.raises(NotFiniteError, match="on rank 0; it used the samples 320 to 383"):
+        for number in range(6):
+            step(bad, number)
 
 
 @pytest.mark.parametrize("warmup", [0.001, 0.05])

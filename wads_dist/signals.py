@@ -1,0 +1,160 @@
+"""Signals, and launchers that die.
+
+SIGTERM and SIGUSR1 (how Slurm pre-empts) ask for the step to be finished and saved; a second one, or Ctrl-C, ends at once: a
+checkpoint is complete or absent, so that is always safe. A launcher that is gone counts as SIGTERM, because DeepSpeed's dies
+without telling its children: ``kill -9`` of its inner process makes ``deepspeed`` exit 0, SIGTERM to ``deepspeed`` reaches
+nobody else.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from wads_dist.errors import ExitCode, PreemptedError
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1)
+# A scheduler, a launcher and a supervisor may each pass on the same request; these are one.
+SAME_SECONDS = 3.0
+ORPHAN_SECONDS = 20.0
+
+
+class StopRequest:
+    """Whether this process was asked to stop. ``end`` is called, with an exit code, when there is nothing to wait for."""
+
+    def __init__(self, end: Callable[[ExitCode], None]) -> None:
+        self.end = end
+        self.requested = False
+        self._since = 0.0
+        self._deferring = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a first request only sets ``requested``; whoever enters looks at it. Outside, it ends the process."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def receive(self, signum: int) -> None:
+        now = time.monotonic()
+        if signum == signal.SIGINT:
+            self.end(ExitCode.INTERRUPTED)
+        elif not self._deferring:
+            self.end(ExitCode.PREEMPTED)
+        elif not self.requested:
+            self.requested, self._since = True, now
+        elif now - self._since > SAME_SECONDS:
+            self.end(ExitCode.PREEMPTED)
+
+
+def supervisor_signals() -> StopRequest:
+    """For a process whose main thread is never long in a call of another language: signals end it by an exception, so that
+    everything it has started is cleaned up on the way."""
+
+    def end(code: ExitCode) -> None:
+        if code == ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
+        raise PreemptedError("stopped as asked; the same command goes on from the last checkpoint")
+
+    request = StopRequest(end)
+    if threading.current_thread() is threading.main_thread():
+        for signum in (*ASKING, signal.SIGINT):
+            signal.signal(signum, lambda signum, _: request.receive(signum))
+    return request
+
+
+def worker_signals() -> StopRequest:
+    """For a worker. Python calls a handler between two bytecodes of the main thread, which never come while that waits in a
+    collective: so a thread reads the signals from the wake-up descriptor, and ends the process without asking anyone."""
+
+    def end(code: ExitCode) -> None:
+        os._exit(code)
+
+    request = StopRequest(end)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    for signum in (*ASKING, signal.SIGINT):
+        signal.signal(signum, lambda *_: None)  # without one, nothing is written to the descriptor
+    signal.set_wakeup_fd(writer.fileno())
+
+    def read() -> None:
+        keep = writer  # its descriptor is open for as long as this thread runs
+        while data := reader.recv(64):
+            for signum in data:
+                request.receive(signum)
+        keep.close()
+
+    threading.Thread(target=read, daemon=True).start()
+    return request
+
+
+def stop_with_launcher() -> None:
+    """Asks this process to stop soon after a launcher above it has died, and sees to it that it is gone in half a minute."""
+    launchers = _launchers_above()
+
+    def watch() -> None:
+        while all(_start_time(pid) == start for pid, start in launchers):
+            time.sleep(1)
+        _say("the launcher is gone: saving and ending; the same command goes on from there")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        os._exit(ExitCode.PREEMPTED)  # the main thread is stuck; the worker ends when its pipe breaks
+
+    if launchers:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal may have gone with the launcher
+        print(f"rank {os.environ.get('RANK', 0)}: {text}", file=sys.stderr, flush=True)
+
+
+def _launchers_above() -> list[tuple[int, str]]:
+    """(pid, start time) of this process's ancestors, as far up as they are launchers. A shell is none: it may leave its
+    children to run on, as under nohup."""
+    found: list[tuple[int, str]] = []
+    pid = os.getppid()
+    while pid > 1 and (start := _start_time(pid)) is not None and _is_launcher(pid, bool(found)):
+        found.append((pid, start))
+        pid = int(_stat(pid)[1])
+    return found
+
+
+def _is_launcher(pid: int, below: bool) -> bool:
+    """``below``: it has started a launcher, so that it is one if it is the SSH session of a remote node."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    text = " ".join(arguments)
+    programs = {Path(argument).name for argument in arguments[:2]}  # the interpreter may come first
+    modules = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run")
+    return (
+        bool(programs & {"deepspeed", "torchrun"})
+        or any(module in text for module in modules)
+        # The session (``sshd: user@notty``), not the daemon, which may be restarted without harm to sessions.
+        or (below and text.startswith("sshd") and "@" in text)
+    )
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of ``/proc/PID/stat`` from the state on; the name before them may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _start_time(pid: int) -> str | None:
+    """Tells a process from another that was given its number later; None when it is gone, or dead and not yet collected."""
+    try:
+        fields = _stat(pid)
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
