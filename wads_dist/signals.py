@@ -123,18 +123,21 @@ def _launchers_above() -> list[tuple[int, str]]:
     children to run on, as under nohup."""
     found: list[tuple[int, str]] = []
     pid = os.getppid()
-    while pid > 1 and (start := _start_time(pid)) is not None and _is_launcher(pid, bool(found)):
-        found.append((pid, start))
-        pid = int(_stat(pid)[1])
+    try:
+        while pid > 1 and (start := _start_time(pid)) is not None:
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+            if not is_launcher(arguments, bool(found)):
+                break
+            found.append((pid, start))
+            pid = int(_stat(pid)[1])
+    except OSError:
+        pass  # it ended just now: the one below it, already noted, tells
     return found
 
 
-def _is_launcher(pid: int, below: bool) -> bool:
-    """``below``: it has started a launcher, so that it is one if it is the SSH session of a remote node."""
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
+def is_launcher(arguments: list[str], below: bool) -> bool:
+    """Whether a process with this command line is a launcher. ``below``: it has started one, and so is one too if it is the
+    SSH session of a remote node."""
     text = " ".join(arguments)
     programs = {Path(argument).name for argument in arguments[:2]}  # the interpreter may come first
     modules = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run")
