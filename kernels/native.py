@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.objective import WINDOW, ObjectiveWeights
+from kernels.objective import ObjectiveWeights
 from kernels.synthesis import Batch, SynthesisSettings
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
@@ -98,12 +98,10 @@ def _load() -> ctypes.CDLL | NativeUnavailable:
         return reason
     except OSError as error:
         return NativeUnavailable(f"the compiled kernels do not load: {error}")
-    pointer, n = c_void_p, c_int64
-    library.wads_synthesise.argtypes = (
-        [pointer, n, n] + [pointer, n, n, n] + [pointer, pointer, n, n, c_uint64] + [pointer] * 4 + [c_int]
-    )
-    library.wads_objective.argtypes = [pointer] * 10 + [c_int]
-    library.wads_scratch_floats.argtypes, library.wads_scratch_floats.restype = [n, n], n
+    p, n, u, i = c_void_p, c_int64, c_uint64, c_int
+    library.wads_synthesise.argtypes = (p, n, n, p, n, n, n, p, p, n, n, u, p, p, p, p, i)
+    library.wads_objective.argtypes = (p, p, p, p, p, p, p, p, p, p, i)
+    library.wads_scratch_floats.argtypes, library.wads_scratch_floats.restype = (n, n), n
     library.wads_synthesise.restype = library.wads_objective.restype = None
     return library
 
@@ -134,7 +132,7 @@ def synthesise(
     rows: Tensor | None,
     count: int,
 ) -> Batch:
-    """``kernels.synthesis.synthesise`` in C++: the same draws, images to a rounding, channels_last.
+    """``kernels.synthesis.synthesise`` in C++, which checks shapes and types: the same draws, images to a rounding.
 
     Args:
         images: uint8 [N, 3, S, S].
@@ -144,27 +142,24 @@ def synthesise(
         rows: int64 [B] rows of ``images``, or None for those that the shuffle of ``count`` images shows.
         count: number of images of the category.
 
+    Returns:
+        images float32 [B, 3, H, H], channels_last; mask uint8 [B, 1, H, H].
+
     Raises:
         NativeUnavailable: the kernels cannot be compiled here.
-        ValueError, IndexError: the arguments do not fit together.
+        ValueError: a tensor is not on the CPU.
+        IndexError: ``rows`` are not rows of ``images``.
     """
     library = _library()
-    for name, store in (("images", images), ("textures", textures)):
-        if store.dtype != torch.uint8 or store.dim() != 4 or store.shape[1] != 3 or min(store.shape) < 1:
-            raise ValueError(f"{name} must be uint8 [N, 3, S, S], got {store.dtype} {list(store.shape)}")
-        if min(store.shape[2:]) < 2:
-            raise ValueError(f"{name} must be at least 2x2 pixels, got {list(store.shape)}")
-    if rows is None:
-        if not 0 < count <= len(images):
-            raise IndexError(f"the samples draw from {count} images, but {len(images)} are given")
-    elif len(rows) != len(sample) or (len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(images)):
-        raise IndexError(f"rows must be {len(sample)} numbers in [0, {len(images)}), got {rows}")
-    images, textures, sample = images.contiguous(), textures.contiguous(), sample.to(torch.int64).contiguous()
-    rows = None if rows is None else rows.to(torch.int64).contiguous()
+    _require_cpu(images, textures, sample)
+    if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(images):
+        raise IndexError(f"rows of {len(images)} images are wanted, got {rows.tolist()}")
+    images, textures, sample = images.contiguous(), textures.contiguous(), sample.contiguous()
+    rows = None if rows is None else rows.cpu().contiguous()
     batch, size = len(sample), settings.image_size
-    clean = torch.empty(batch, 3, size, size, memory_format=torch.channels_last)
-    anomalous = torch.empty(batch, 3, size, size, memory_format=torch.channels_last)
-    mask = torch.empty(batch, 1, size, size)
+    # One allocation: the allocator gives the pages of two back to the system at every batch, and asks for them again.
+    clean, anomalous = torch.empty(2, batch, size, size, 3).movedim(-1, 2)
+    mask = torch.empty(batch, 1, size, size, dtype=torch.uint8)
     ranges = (*settings.scale, settings.rotation, settings.clean_fraction)
     c_settings = _SynthesisSettings(
         size, settings.lattice_max, *ranges, settings.blend_max, settings.threshold, settings.texture_jitter
@@ -178,9 +173,16 @@ def synthesise(
     return Batch(clean, anomalous, mask)
 
 
+def _require_cpu(*tensors: Tensor) -> None:
+    """C++ would follow a GPU's address into a crash."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"the native kernels run on CPU tensors, one of these is on {tensor.device}")
+
+
 def _strided(image: Tensor) -> tuple[Tensor, int, int]:
     """``image`` [N, C, H, W] in float32, dense, and the strides of its planes and of its pixels."""
-    image = image.float()
+    image = image.detach().float()
     if not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last):
         return image, 1, image.shape[1]
     return image.contiguous(), image.shape[2] * image.shape[3], 1
@@ -194,7 +196,7 @@ def objective(
     weights: ObjectiveWeights,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The terms of ``kernels.objective.objective`` and its gradient, in one call.
+    """The terms of ``kernels.objective.objective``, which checks shapes, and their gradient, in one call.
 
     Args:
         x, reconstruction: [N, C, H, W], float32 or narrower, contiguous or channels_last (others are copied).
@@ -208,17 +210,13 @@ def objective(
 
     Raises:
         NativeUnavailable: the kernels cannot be compiled here.
-        ValueError: the shapes do not fit together, or the images are smaller than SSIM's window.
+        ValueError: a tensor is not on the CPU.
     """
     library = _library()
+    _require_cpu(x, reconstruction, logits, mask)
     n, c, height, width = x.shape
-    if reconstruction.shape != x.shape or {logits.shape, mask.shape} != {(n, 1, height, width)}:
-        shapes = [list(t.shape) for t in (x, reconstruction, logits, mask)]
-        raise ValueError(f"x and reconstruction must be [N, C, H, W], logits and mask [N, 1, H, W]; got {shapes}")
-    if min(height, width) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, got {height}x{width}")
-    x, x_plane, x_pixel = _strided(x.detach())
-    y, y_plane, y_pixel = _strided(reconstruction.detach())
+    x, x_plane, x_pixel = _strided(x)
+    y, y_plane, y_pixel = _strided(reconstruction)
     z, m = logits.detach().float().contiguous(), mask.detach().float().contiguous()
     per_image = torch.empty(4, n)
     dy = torch.empty_like(y) if gradients else None

@@ -22,15 +22,18 @@ struct Settings {  // mirrors kernels/native.py; every field has 8 bytes
     int64_t pixel_kl;
 };
 
-struct Gaussian {  // σ = 1.5, normalised
-    float tap[WINDOW];
-    Gaussian() {
-        double exact[WINDOW], sum = 0;
-        for (int k = 0; k < WINDOW; ++k) sum += exact[k] = std::exp(-(k - 5) * (k - 5) / (2 * 1.5 * 1.5));
-        for (int k = 0; k < WINDOW; ++k) tap[k] = float(exact[k] / sum);
+// e^(−k²/2σ²), σ = 1.5, normalised. Compile-time constants: loads of a table would have to be repeated after every store.
+struct Gaussian {
+    float tap[WINDOW] = {};
+    constexpr Gaussian() {
+        constexpr double half[] = {0.0038659201394728076, 0.028565500784550377, 0.1353352832366127,
+                                   0.41111229050718745, 0.8007374029168081, 1.0};
+        double sum = half[5];
+        for (int k = 0; k < 5; ++k) sum += 2 * half[k];
+        for (int k = 0; k < WINDOW; ++k) tap[k] = float(half[k < 5 ? k : BORDER - k] / sum);
     }
 };
-const Gaussian GAUSSIAN;
+constexpr Gaussian GAUSSIAN;
 
 inline float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -98,15 +101,15 @@ Plane measure(const float* x, const float* y, int64_t height, int64_t width) {
     return {x, y, height, width, float(sum_x / pixels), float(sum_y / pixels), square_error};
 }
 
-// Σ (1 − SSIM) over the plane's valid windows. With s = x + y and d = x − y, the blurs of s, d, s² and d² give every moment,
-// V = var x + var y = (var s + var d)/2 and 2 cov = (var s − var d)/2, so that SSIM = l·c with
+// Σ (1 − SSIM) over the plane's valid windows. With s = x + y and d = x − y, the blurs of s, d, s² and d² give every
+// moment, V = var x + var y = (var s + var d)/2 and 2 cov = (var s − var d)/2, so that SSIM = l·c with
 //     1 − l = 1 − (2 μ_x μ_y + C1)/(μ_x² + μ_y² + C1) = δ²/(μ_x² + μ_y² + C1),  δ = μ_x − μ_y
 //     1 − c = 1 − (2 cov + C2)/(V + C2)               = var d/(V + C2)
 // which is exact near 0. Each tile is centred on its own means: variances do not change, and fp32 does not cancel.
 // Leaves the maps that ``gradient`` needs.
 template <bool gradients>
 double dissimilarity(const Plane& p, Scratch& scratch) {
-    float s[TILE_ROWS + BORDER][PITCH], d[TILE_ROWS + BORDER][PITCH], blurred[4][PITCH];
+    float s[TILE_ROWS + BORDER][PITCH], d[TILE_ROWS + BORDER][PITCH], blurred[4][PITCH], row[TILE_COLUMNS];
     double total = 0;
     for (int64_t top = 0; top < p.height - BORDER; top += TILE_ROWS)
         for (int64_t left = 0; left < p.width - BORDER; left += TILE_COLUMNS) {
@@ -141,10 +144,9 @@ double dissimilarity(const Plane& p, Scratch& scratch) {
                     }
                     blurred[0][j] = mean_s, blurred[1][j] = mean_d, blurred[2][j] = square_s, blurred[3][j] = square_d;
                 }
-                float row_total = 0;
                 const int64_t at = (top + i + BORDER) * scratch.pitch + left + BORDER;
                 float *q = scratch.maps[0] + at, *q_s = scratch.maps[1] + at, *q_d = scratch.maps[2] + at;
-#pragma omp simd reduction(+ : row_total)
+#pragma omp simd
                 for (int j = 0; j < columns; ++j) {
                     const float mean_s = blur(blurred[0] + j, 1), mean_d = blur(blurred[1] + j, 1);
                     const float var_s = blur(blurred[2] + j, 1) - mean_s * mean_s;
@@ -154,14 +156,17 @@ double dissimilarity(const Plane& p, Scratch& scratch) {
                     const float by_means = delta / (mu_x * mu_x + mu_y * mu_y + C1);
                     const float by_spread = 1 / ((var_s + var_d) / 2 + C2);
                     const float l = 1 - delta * by_means, c = 1 - var_d * by_spread;
-                    row_total += delta * by_means + l * var_d * by_spread;
-                    if (gradients) {
-                        q_s[j] = l * var_d * by_spread * by_spread;
-                        q_d[j] = l * (1 + c) * by_spread;
-                        q[j] = 2 * by_means * (1 + mu_y * by_means) * c
-                             - (mean_s + shift_s) * q_s[j] - (mean_d + shift_d) * q_d[j];
+                    row[j] = delta * by_means + l * var_d * by_spread;
+                    if constexpr (gradients) {
+                        const float by_s = l * var_d * by_spread * by_spread, by_d = l * (1 + c) * by_spread;
+                        q[j] = 2 * by_means * (1 + mu_y * by_means) * c - (mean_s + shift_s) * by_s
+                             - (mean_d + shift_d) * by_d;
+                        q_s[j] = by_s, q_d[j] = by_d;
                     }
                 }
+                float row_total = 0;
+#pragma omp simd reduction(+ : row_total)
+                for (int j = 0; j < columns; ++j) row_total += row[j];
                 total += row_total;
             }
         }
@@ -186,7 +191,8 @@ void gradient(const Plane& p, const Scratch& scratch, float w_ssim, float w_l2, 
 #pragma omp simd
             for (int j = 0; j < columns; ++j) {
                 const float a = x[j] - p.centre_x, b = y[j] - p.centre_y;
-                const float by_ssim = fma(a + b, blur(blurred[1] + j, 1), fma(a - b, blur(blurred[2] + j, 1), blur(blurred[0] + j, 1)));
+                const float q = blur(blurred[0] + j, 1), q_s = blur(blurred[1] + j, 1), q_d = blur(blurred[2] + j, 1);
+                const float by_ssim = fma(a + b, q_s, fma(a - b, q_d, q));
                 row[j] = w_ssim * by_ssim + w_l2 * (y[j] - x[j]);
             }
             float* to = out + (i * p.width + left) * stride;
@@ -235,10 +241,11 @@ inline float sigmoid(float z) {
 constexpr int64_t CHUNK = 1024;
 
 struct ImageSums {
-    double focal = 0, log_p = 0, log_q = 0, p = 0, q = 0;  // log_p = Σ log σ(z), log_q = Σ log σ(−z); p, q: see ``area``
+    double focal = 0, log_p = 0, log_q = 0, p = 0, q = 0;  // log_p = Σ log σ(z), log_q = Σ log σ(−z); p, q: see Area
 };
 
-// Where even the largest logit is below −60, σ(z) = e^a σ(z − a) to fp32's last bit; with a = max z + 60 nothing underflows.
+// The mean of σ(z), and of σ(−z), over an image. Where even the largest logit is below −60, σ(z) = e^a σ(z − a) to fp32's
+// last bit, and with a = max z + 60 the sum does not underflow.
 struct Area {
     float a_p = 0, a_q = 0;
     Area(const float* z, int64_t pixels) {
@@ -253,7 +260,8 @@ struct Area {
 
 // Sums over one image, and w_focal times the gradient of the focal sum into ``dz`` unless it is null.
 template <bool squared>
-ImageSums segmentation(const float* z, const float* mask, int64_t pixels, float gamma, const Area& area, float w_focal, float* dz) {
+ImageSums segmentation(const float* z, const float* mask, int64_t pixels, float gamma, const Area& area, float w_focal,
+                       float* dz) {
     ImageSums sums;
     float d_focal[CHUNK];
     for (int64_t start = 0; start < pixels; start += CHUNK) {
@@ -267,7 +275,10 @@ ImageSums segmentation(const float* z, const float* mask, int64_t pixels, float 
             // 1 − p_t = σ(−logit of the true class), clamped as in the reference.
             const float wrong = logit * (1 - 2 * m), miss = sigmoid(wrong), clamped = miss < 1e-12f ? 1e-12f : miss;
             float power = clamped * clamped;
-            if (!squared) power = exp_minus(gamma * std::min(log1p_unit(exp_minus(std::fabs(wrong))) - std::min(wrong, 0.0f), 27.6310211f));
+            if constexpr (!squared) {
+                const float minus_log = log1p_unit(exp_minus(std::fabs(wrong))) - std::min(wrong, 0.0f);
+                power = exp_minus(gamma * std::min(minus_log, 27.6310211f));  // −log 1e−12
+            }
             const float slope = miss < 1e-12f ? 0 : gamma * (1 - 2 * m) * (1 - miss);
             d_focal[i] = w_focal * power * (slope * cross_entropy + sigmoid(logit) - m);
             focal += power * cross_entropy;
@@ -281,7 +292,8 @@ ImageSums segmentation(const float* z, const float* mask, int64_t pixels, float 
 }
 
 // dz += w_kl · ∂KL/∂z
-void add_kl_gradient(const float* z, int64_t pixels, const Settings& s, const Area& area, const ImageSums& sums, float w_kl, float* dz) {
+void add_kl_gradient(const float* z, int64_t pixels, const Settings& s, const Area& area, const ImageSums& sums, float w_kl,
+                     float* dz) {
     const float rho = float(s.rho);
     if (s.pixel_kl) {
         const float scale = w_kl / float(pixels);  // −ρ σ(−z) + (1 − ρ) σ(z) = σ(z) − ρ

@@ -110,14 +110,15 @@ Draws draw(uint64_t seed, uint64_t sample, int64_t textures, const Settings& s) 
 
 // Buffers of one thread, a row of pixels each.
 struct Rows {
-    std::vector<float> axis, chosen_axis, noise, f, g, colour[3], gradient[8];
-    std::vector<int32_t> offset, corner, chosen;
-    std::vector<uint16_t> top, bottom;
+    std::vector<float> axis, chosen_axis, noise, f, g, colour[3], upper, lower;
+    std::vector<int32_t> offset, chosen;
+    std::vector<uint32_t> block[3];
     std::vector<float> lattice;  // (x, y) of the gradients of the points that the window touches
 
-    explicit Rows(int64_t n) : axis(n), chosen_axis(n), noise(n), f(n), g(n), offset(n), corner(n), chosen(n), top(n), bottom(n) {
+    explicit Rows(int64_t n)
+        : axis(n), chosen_axis(n), noise(n), f(n), g(n), upper(4 * n), lower(4 * n), offset(n), chosen(n) {
         for (auto& row : colour) row.resize(n);
-        for (auto& row : gradient) row.resize(n);
+        for (auto& row : block) row.resize(n);
         for (int64_t i = 0; i < n; ++i) axis[i] = float(2 * i + 1) / float(n) - 1;
     }
 };
@@ -150,18 +151,23 @@ void sample_row(Image image, const Map& map, const float* x, float y, int64_t n,
         wx[i] = u - float(column), wy[i] = v - float(row);
         offset[i] = row * int32_t(image.width) + column;
     }
-    uint16_t *top = rows.top.data(), *bottom = rows.bottom.data();
-    for (int c = 0; c < 3; ++c) {
-        const uint8_t* plane = image.pixels + c * image.height * image.width;
-        for (int64_t i = 0; i < n; ++i) {
-            std::memcpy(top + i, plane + offset[i], 2);
-            std::memcpy(bottom + i, plane + offset[i] + image.width, 2);
+    // Fetches apart from arithmetic, so that the latter is vectorised. A block is 2×2 pixels of one channel in 32 bits.
+    const int64_t plane = image.height * image.width;
+    uint32_t* block[] = {rows.block[0].data(), rows.block[1].data(), rows.block[2].data()};
+    for (int64_t i = 0; i < n; ++i)
+        for (int c = 0; c < 3; ++c) {
+            uint16_t upper, lower;
+            std::memcpy(&upper, image.pixels + c * plane + offset[i], 2);
+            std::memcpy(&lower, image.pixels + c * plane + offset[i] + image.width, 2);
+            block[c][i] = upper | uint32_t(lower) << 16;
         }
+    for (int c = 0; c < 3; ++c) {
         float* colour = rows.colour[c].data();
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) {
-            const float nw = float(top[i] & 255), ne = float(top[i] >> 8);
-            const float sw = float(bottom[i] & 255), se = float(bottom[i] >> 8);
+            const int32_t pixels = int32_t(block[c][i]);
+            const float nw = float(pixels & 255), ne = float((pixels >> 8) & 255);
+            const float sw = float((pixels >> 16) & 255), se = float((pixels >> 24) & 255);
             const float north = nw + wx[i] * (ne - nw), south = sw + wx[i] * (se - sw);
             colour[i] = (north + wy[i] * (south - north)) * (1.0f / 255);
         }
@@ -194,8 +200,9 @@ class Noise {
 
     // Row y of the noise, scaled by √2, into rows.noise.
     void row(int64_t y) {
-        float *f = rows.f.data(), *g = rows.g.data(), *noise = rows.noise.data(), *n[8];
-        int32_t* corner = rows.corner.data();
+        float *f = rows.f.data(), *g = rows.g.data(), *noise = rows.noise.data();
+        float *upper = rows.upper.data(), *lower = rows.lower.data();
+        int32_t* corner = rows.offset.data();
         const float py = float(y) - float(size) / 2;
 #pragma omp simd
         for (int64_t x = 0; x < size; ++x) {
@@ -204,15 +211,16 @@ class Noise {
             f[x] = pu - i, g[x] = pv - j;
             corner[x] = 2 * ((int32_t(j) - origin_y) * points + int32_t(i) - origin_x);
         }
-        for (int k = 0; k < 8; ++k) n[k] = rows.gradient[k].data();
-        for (int64_t x = 0; x < size; ++x) {
-            const float *upper = rows.lattice.data() + corner[x], *lower = upper + 2 * points;
-            for (int k = 0; k < 4; ++k) n[k][x] = upper[k], n[4 + k][x] = lower[k];
+        for (int64_t x = 0; x < size; ++x) {  // two neighbouring gradients are four floats
+            const float* point = rows.lattice.data() + corner[x];
+            std::memcpy(upper + 4 * x, point, 4 * sizeof(float));
+            std::memcpy(lower + 4 * x, point + 2 * points, 4 * sizeof(float));
         }
 #pragma omp simd
         for (int64_t x = 0; x < size; ++x) {
-            const float n00 = n[0][x] * f[x] + n[1][x] * g[x], n10 = n[2][x] * (f[x] - 1) + n[3][x] * g[x];
-            const float n01 = n[4][x] * f[x] + n[5][x] * (g[x] - 1), n11 = n[6][x] * (f[x] - 1) + n[7][x] * (g[x] - 1);
+            const float *a = upper + 4 * x, *b = lower + 4 * x;
+            const float n00 = a[0] * f[x] + a[1] * g[x], n10 = a[2] * (f[x] - 1) + a[3] * g[x];
+            const float n01 = b[0] * f[x] + b[1] * (g[x] - 1), n11 = b[2] * (f[x] - 1) + b[3] * (g[x] - 1);
             const float top = n00 + fade(f[x]) * (n10 - n00), bottom = n01 + fade(f[x]) * (n11 - n01);
             noise[x] = float(M_SQRT2) * (top + fade(g[x]) * (bottom - top));
         }
@@ -229,31 +237,41 @@ class Noise {
     int origin_x, origin_y, points;
 };
 
-// One sample: clean and anomalous [size, size, 3] (channels last), mask [size, size].
+// One sample: clean and anomalous [size, size, 3] (channels last), mask [size, size] of zeros and ones.
 void synthesise(uint64_t seed, uint64_t sample, const Draws& d, Image image, Image texture, const Settings& s, Rows& rows,
-                float* clean, float* anomalous, float* mask) {
+                float* clean, float* anomalous, uint8_t* mask) {
     const int64_t size = s.image_size;
     const float threshold = float(s.threshold);
+    const int64_t plane = image.height * image.width, lead = plane / 4;
+    auto prefetch = [&](int64_t from, int64_t to) {
+        for (int c = 0; c < 3; ++c)
+            for (int64_t i = from; i < std::min(to, plane); i += 64) __builtin_prefetch(image.pixels + c * plane + i);
+    };
+    prefetch(0, lead);
     std::optional<Noise> noise;
     if (d.anomalous) noise.emplace(seed, sample, d, size, rows);
     for (int64_t y = 0; y < size; ++y, clean += 3 * size, anomalous += 3 * size, mask += size) {
+        prefetch(lead + plane * y / size, lead + plane * (y + 1) / size);
         sample_row(image, d.image_map, rows.axis.data(), rows.axis[y], size, rows);
         const float *red = rows.colour[0].data(), *green = rows.colour[1].data(), *blue = rows.colour[2].data();
 #pragma omp simd
         for (int64_t x = 0; x < size; ++x) clean[3 * x] = red[x], clean[3 * x + 1] = green[x], clean[3 * x + 2] = blue[x];
         std::memcpy(anomalous, clean, 3 * size * sizeof(float));
-        std::memset(mask, 0, size * sizeof(float));
-        if (!d.anomalous) continue;
+        if (!d.anomalous) {
+            std::memset(mask, 0, size);
+            continue;
+        }
 
         noise->row(y);
-        int64_t masked = 0;
-        for (int64_t x = 0; x < size; ++x) {
-            const bool m = rows.noise[x] > threshold;
-            mask[x] = m;
-            rows.chosen[masked] = int32_t(x), rows.chosen_axis[masked] = rows.axis[x];
-            masked += m;
-        }
+        const float* value = rows.noise.data();
+        int32_t masked = 0;
+#pragma omp simd reduction(+ : masked)
+        for (int64_t x = 0; x < size; ++x) mask[x] = value[x] > threshold, masked += value[x] > threshold;
         if (!masked) continue;  // the texture is sampled only where it shows
+        for (int64_t x = 0, i = 0; i < masked; ++x) {
+            rows.chosen[i] = int32_t(x), rows.chosen_axis[i] = rows.axis[x];
+            i += value[x] > threshold;
+        }
         sample_row(texture, d.texture_map, rows.chosen_axis.data(), rows.axis[y], masked, rows);
         for (int64_t i = 0; i < masked; ++i)
             for (int c = 0; c < 3; ++c) {
@@ -270,7 +288,7 @@ void synthesise(uint64_t seed, uint64_t sample, const Draws& d, Image image, Ima
 extern "C" void wads_synthesise(const uint8_t* images, int64_t image_height, int64_t image_width, const uint8_t* textures,
                                 int64_t texture_count, int64_t texture_height, int64_t texture_width, const int64_t* sample,
                                 const int64_t* rows, int64_t batch, int64_t count, uint64_t seed, const Settings* settings,
-                                float* clean, float* anomalous, float* mask, int threads) {
+                                float* clean, float* anomalous, uint8_t* mask, int threads) {
     const int64_t pixels = settings->image_size * settings->image_size;
 #pragma omp parallel num_threads(threads)
     {
