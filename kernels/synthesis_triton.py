@@ -6,7 +6,7 @@
 2. ``_pixel_kernel``, one warp for a tile of 4×32 pixels of one sample, samples, thresholds, blends and writes.
 
 Why two: a pixel needs the gradients of four lattice points. Drawing those per pixel takes 2 to 4 Philox calls, 20 wide
-products each, as much as all the rest; and drawing a sample's scalars in each of its programs takes 3,600 instructions of a
+products each, as much as all the rest; and drawing a sample's scalars in each of its programs takes 3,000 instructions of a
 warp whose pixels take 750.
 
 Per pixel of H² at 3 channels, from stores of S², crops of scale s ~ U(0.8, 1) (s² averages 0.81), half of the samples clean:
@@ -24,8 +24,8 @@ Per pixel of H² at 3 channels, from stores of S², crops of scale s ~ U(0.8, 1)
     23 bytes a pixel                    7.2 µs    29 µs
     185 instructions a pixel            5.8 µs    23 µs
 
-so bytes bind, barely; at S = H, with 15.5 bytes a pixel, instructions do. The first launch adds its latency, some 3 µs: 40
-rounds of the shuffle in sequence.
+so bytes bind, barely; at S = H, with 15.5 bytes a pixel, instructions do. The first launch adds its latency, some 2 µs: 2,700
+instructions of one warp for the shuffle.
 
 Nothing returns to the host. ``sample`` and ``seed`` may be device tensors that change between replays of a CUDA graph.
 """
@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.compiled import KernelSpec
 from kernels.philox import Purpose
 from kernels.synthesis import LATTICE_ORIGIN, LATTICE_STRIDE, Batch, SynthesisSettings, lattice_window
 
@@ -117,8 +118,9 @@ def _shuffled(seed_low, seed_high, position, length):
     cycle = position // length
     x = (position - cycle * length).to(tl.uint32)
     count = length.to(tl.uint32)
-    for r in range(SHUFFLE_ROUNDS):
-        pair, salt, _, _ = _philox(seed_low, seed_high, ORDER, cycle, tl.to_tensor(r).to(tl.uint32))
+    # Unrolled, so that the Philox calls of eight rounds overlap: they do not wait for x.
+    for r in tl.range(0, SHUFFLE_ROUNDS, loop_unroll_factor=8):
+        pair, salt, _, _ = _philox(seed_low, seed_high, ORDER, cycle, tl.cast(r, tl.uint32))
         pair = pair % count
         partner = tl.where(pair >= x, pair - x, pair + (count - x))
         bits = tl.maximum(x, partner) ^ salt
@@ -248,7 +250,8 @@ def _draw_lattice(
         quad_0 = (x_0 + MARGIN) // 4
         quads = (x_1 + MARGIN) // 4 + 1 - quad_0
         count = quads * (y_1 + 1 - y_0)
-        for start in range(0, count, BLOCK):
+        start = 0
+        while start < count:
             i = start + tl.arange(0, BLOCK)
             row, quad = i // quads + (y_0 + MARGIN), i % quads + quad_0
             index = (row - MARGIN + ORIGIN) * (STRIDE // 4) + quad + (ORIGIN - MARGIN) // 4
@@ -256,6 +259,7 @@ def _draw_lattice(
             for n in tl.static_range(4):
                 cos, sin = _cos_sin(_uniform(words[n]))
                 tl.store(lattice_ptr + row * POINTS + 4 * quad + n, _pack(cos, sin), mask=i < count)
+            start += BLOCK
 
 
 @triton.jit
@@ -572,3 +576,20 @@ def synthesise(
         s.image_size, s.scale, s.rotation, s.clean_fraction, s.blend_max, s.lattice_max, s.threshold, s.texture_jitter,
     )  # fmt: skip
     return Batch(*outputs)
+
+
+def compile_specs() -> list[KernelSpec]:
+    """Training's calls at 128² from stores of 256², for the report of ``compiled.py``."""
+    margin, points = lattice_window(5)
+    window = {"MARGIN": margin, "POINTS": points}
+    pointers = {"rows_ptr": "*i32", "draws_ptr": "*fp32", "lattice_ptr": "*i64"}
+    kinds = {"sample_ptr": "*i64", **pointers, **dict.fromkeys(SCALARS, "i32")}
+    kinds |= dict.fromkeys("scale_low scale_span rotation clean_fraction blend_max jitter".split(), "fp32")
+    constants = {"seed_ptr": None, "image_index_ptr": None, **window, "BLOCK": PREPARE_BLOCK}
+    specs = [KernelSpec("synthesis_prepare", _prepare_kernel, kinds, constants, PREPARE_WARPS)]
+    for dtype in ("fp32", "bf16"):
+        kinds = pointers | {"images_ptr": "*u8", "textures_ptr": "*u8", "mask_ptr": "*u8", "threshold": "fp32"}
+        kinds |= {"clean_ptr": f"*{dtype}", "anomalous_ptr": f"*{dtype}"}
+        sides = {"SIZE": 128, "IMAGE_SIDE": 256, "TEXTURE_SIDE": 256, "ROWS": TILE[0], "COLUMNS": TILE[1]}
+        specs.append(KernelSpec(f"synthesis_pixels {dtype}", _pixel_kernel, kinds, {**sides, **window}, num_warps=1))
+    return specs
