@@ -1,5 +1,5 @@
 # What a person types. `make demo` and `make test` set everything up by themselves.
-# PYTHON is the interpreter that creates .venv (3.11 or later) and, for `make gpu`, the one that runs the tests.
+# PYTHON is the interpreter that creates .venv (3.11 or later) and, for `make gpu`, the one that runs it all.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,8 +42,8 @@ test: lint ## check style and types, and run every test that needs no GPU
 test-fast: setup ## the tests that take seconds
 	$(RUN) pytest -m "not gpu and not slow and not fault and not cluster and not slurm"
 
-gpu: ## the tests that need a GPU, with PYTHON's own packages; installs nothing
-	$(PYTHON) -m pytest -m gpu tests
+gpu: ## GPU tests, kernel profile and short training runs, with PYTHON's own packages; installs nothing
+	benchmarks/gpu.sh $(PYTHON)
 
 bench: setup ## run the benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PYTHONPATH=. $(RUN) python "$$file"; done

@@ -1,98 +1,91 @@
 """Images/s of anomaly synthesis against the numpy/cv2 path that DRAEM uses, in one run on one machine.
 
-    python benchmarks/data_path.py [--seconds 5] [--json FILE]
+    python benchmarks/data_path.py [--seconds 1] [--rounds 5] [--json FILE]
 
-Both make, from decoded uint8 images at 256², an anomalous training sample at 128²: crop and scale, rotation, a rotated Perlin
-mask, and the blend with a transformed texture. The peer is DRAEM's recipe with its generator from PyPI (perlin-numpy) and
-cv2/numpy for the rest, one sample at a time as in a data loader's worker. Each is run with one process of one thread; ours also
-with the two threads that a training run on two cores has, and the peer in two processes. Ratios are what to look at.
+Both make, from decoded uint8 images at 256², training samples at 128²: crop and scale, rotation, a rotated Perlin mask, and the
+blend with a transformed texture. The peer is DRAEM's recipe with its generator from PyPI (perlin-numpy) and cv2/numpy for the
+rest, one sample at a time as in a data loader's worker of one thread. Two mixtures: half of the samples stay clean (DRAEM's and
+ours; neither makes noise for those), and every sample is anomalous. Machines are noisy: the implementations take turns, each
+round gives every ratio, and the median over the rounds is reported.
 """
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import platform
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from functools import cache
+from multiprocessing.pool import Pool
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from perlin_numpy import generate_perlin_noise_2d
 
+from kernels import native
 from kernels.synthesis import SynthesisSettings, synthesise
 from shards.textures import procedural_textures
+from wads_dist.kernel_peers import draem_sample
 
 SIZE, STORE, BATCH = 128, 256, 32
 Array = NDArray[np.generic]
 
 
-def peer_sample(rng: np.random.Generator, images: Array, textures: Array) -> tuple[Array, Array, Array]:
-    """One DRAEM sample: (clean, anomalous, mask), float32 [128, 128, 3] and [128, 128, 1]."""
-    image = images[rng.integers(len(images))]
-    scale, angle = rng.uniform(0.8, 1.0), rng.uniform(-10, 10)
-    matrix = cv2.getRotationMatrix2D((STORE / 2, STORE / 2), angle, SIZE / STORE / scale)
-    matrix[:, 2] += SIZE / 2 - STORE / 2
-    clean = cv2.warpAffine(image, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-    clean = clean.astype(np.float32) / 255
-    if rng.random() < 0.5:
-        return clean, clean, np.zeros((SIZE, SIZE, 1), np.float32)
-    np.random.seed(rng.integers(2**31))
-    noise = generate_perlin_noise_2d((SIZE, SIZE), (2 ** int(rng.integers(0, 6)), 2 ** int(rng.integers(0, 6))))
-    rotation = cv2.getRotationMatrix2D((SIZE / 2, SIZE / 2), rng.uniform(-90, 90), 1.0)
-    noise = cv2.warpAffine(noise.astype(np.float32), rotation, (SIZE, SIZE), flags=cv2.INTER_LINEAR)
-    mask = (noise > 0.5).astype(np.float32)[:, :, None]
-    texture = textures[rng.integers(len(textures))]
-    matrix = cv2.getRotationMatrix2D((STORE / 2, STORE / 2), rng.uniform(-180, 180), SIZE / STORE / rng.uniform(0.6, 1))
-    matrix[:, 2] += SIZE / 2 - STORE / 2
-    texture = cv2.warpAffine(texture, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-    texture = np.clip(texture.astype(np.float32) / 255 * rng.uniform(0.6, 1.4) + rng.uniform(-0.2, 0.2), 0, 1)
-    beta = rng.uniform(0, 0.8)
-    return clean, clean * (1 - mask) + mask * (beta * clean + (1 - beta) * texture), mask
-
-
-def rate(one: Callable[[int], int], seconds: float) -> float:
-    """Samples per second of ``one(i)``, which makes and returns a number of samples."""
-    one(0)
-    made, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        made += one(made + 1)
-    return made / spent
-
-
+@cache
 def stores() -> tuple[Array, Array]:
+    """60 images and 64 textures, uint8 [*, STORE, STORE, 3]."""
     rng = np.random.default_rng(0)
     smooth = [cv2.resize(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), (STORE, STORE)) for _ in range(60)]
     return np.stack(smooth), procedural_textures(size=STORE).transpose(0, 2, 3, 1).copy()
 
 
-def peer_rate(seconds: float) -> float:
+@cache
+def resident() -> tuple[torch.Tensor, torch.Tensor]:
+    images, textures = (torch.from_numpy(store.transpose(0, 3, 1, 2).copy()) for store in stores())
+    return images, textures
+
+
+def measure(who: str, threads: int, clean_fraction: float, seconds: float) -> tuple[float, float]:
+    """Images per second of this process, and per second of its processor time."""
     cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    images, textures = stores()
+    torch.set_num_threads(threads)
+    settings = SynthesisSettings(image_size=SIZE, clean_fraction=clean_fraction)
     rng = np.random.default_rng(os.getpid())
 
-    def one(_: int) -> int:
-        peer_sample(rng, images, textures)
-        return 1
+    def batch(start: int) -> None:
+        if who == "peer":
+            for _ in range(BATCH):
+                draem_sample(rng, *stores(), settings)
+        else:
+            synthesise(*resident(), torch.arange(start, start + BATCH), 0, settings)
 
-    return rate(one, seconds)
+    batch(0)
+    made, start, start_cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - start < seconds:
+        batch(made)
+        made += BATCH
+    return made / (time.perf_counter() - start), made / (time.process_time() - start_cpu)
 
 
-def our_rate(seconds: float, threads: int) -> float:
-    torch.set_num_threads(threads)
-    images, textures = (torch.from_numpy(a.transpose(0, 3, 1, 2).copy()) for a in stores())
-    settings = SynthesisSettings(image_size=SIZE)
-
-    def one(i: int) -> int:
-        synthesise(images, textures, torch.arange(i, i + BATCH), 0, settings)
-        return BATCH
-
-    return rate(one, seconds)
+def one_round(pool: Pool, clean_fraction: float, seconds: float) -> dict[str, float]:
+    """Every implementation once, and their ratios."""
+    rates: dict[str, float] = {}
+    for who, threads in (("peer", 1), ("ours", 1), ("ours", 2)):
+        rates[f"{who}_{threads}"], per_cpu = pool.apply(measure, (who, threads, clean_fraction, seconds))
+        if threads == 1:
+            rates[f"{who}_per_cpu_second"] = per_cpu
+    both = pool.starmap(measure, [("peer", 1, clean_fraction, seconds)] * 2, chunksize=1)
+    rates["peer_2"] = sum(wall for wall, _ in both)
+    return rates | {
+        "two_threads_over_one_peer_process": rates["ours_2"] / rates["peer_1"],
+        "one_thread_over_one_peer_process": rates["ours_1"] / rates["peer_1"],
+        "two_threads_over_two_peer_processes": rates["ours_2"] / rates["peer_2"],
+        "per_cpu_second": rates["ours_per_cpu_second"] / rates["peer_per_cpu_second"],
+    }
 
 
 def peak_memory_mb(images: int) -> float:
@@ -108,33 +101,29 @@ def peak_memory_mb(images: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="also write the numbers to this file")
     arguments = parser.parse_args()
+    native._library()  # compiled before anything is timed; refuses to time the fallback
     context = multiprocessing.get_context("spawn")
+    result: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}"
+    }
     with context.Pool(2) as pool:
-        peer_two = sum(pool.map(peer_rate, [arguments.seconds] * 2))
-        peer_one = pool.apply(peer_rate, (arguments.seconds,))
-        ours = {n: pool.apply(our_rate, (arguments.seconds, n)) for n in (1, 2)}
+        for mixture, clean_fraction in (("half_clean", 0.5), ("all_anomalous", 0.0)):
+            rounds = [one_round(pool, clean_fraction, arguments.seconds) for _ in range(arguments.rounds)]
+            result[mixture] = {name: round(statistics.median(r[name] for r in rounds), 2) for name in rounds[0]}
     memory = {}
     for count in (400, 1600):
         with context.Pool(1) as pool:
             memory[count] = pool.apply(peak_memory_mb, (count,))
-    grown = (memory[1600] - memory[400]) / (1200 * 3 * STORE**2 / 2**20)
-    result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}",
-        "images_per_second": {"peer_1": peer_one, "peer_2": peer_two, "ours_1": ours[1], "ours_2": ours[2]},
-        "ratio_one_core": ours[1] / peer_one,
-        "ratio_two_cores": ours[2] / peer_two,
-        "ours_two_cores_over_one_peer_process": ours[2] / peer_one,
-        "resident_bytes_per_uint8_byte": grown,
-        "batch_memory_mb": memory[400] - 400 * 3 * STORE**2 / 2**20,
-    }
+    result["resident_bytes_per_uint8_byte"] = (memory[1600] - memory[400]) / (1200 * 3 * STORE**2 / 2**20)
+    result["batch_memory_mb"] = memory[400] - 400 * 3 * STORE**2 / 2**20
     print(json.dumps(result, indent=1))
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(result, file, indent=1)
-    assert math.isfinite(grown)
 
 
 if __name__ == "__main__":

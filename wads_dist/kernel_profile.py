@@ -1,0 +1,297 @@
+"""Kernel throughput: measures both kernels and their peers on this device, and says how close each comes to what it could do.
+
+A result's bound is the larger of two times: the fewest bytes an implementation can move over what a large copy on this device
+moves, and the operations that the best known scheme needs over the device's fp32 peak (``bytes_and_operations``).
+"""
+
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+
+from kernels import native
+from wads_dist.entry import REPOSITORY
+from wads_dist.errors import ExitCode
+from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS, OURS, PACKAGES, TERMS, Case, Implementation, Kernel, version
+from wads_dist.kernel_report import compile_tables, left_out, result_tables, save_roofline
+from wads_dist.kernel_timing import (
+    Clock,
+    Device,
+    cold_sets,
+    graph_clock,
+    host_clock,
+    measure_device,
+    synchronise,
+    take_turns,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure (``only`` these implementations, if any is named) and where to put it (``json`` may be ``-``)."""
+
+    device: torch.device
+    batches: tuple[int, ...]
+    size: int = 128
+    dtypes: tuple[str, ...] = ("fp32",)
+    kernels: tuple[Kernel, ...] = ("objective", "synthesis")
+    only: tuple[str, ...] = ()
+    seconds: float = 1.0
+    channels_last: bool = False
+    compiled: bool = True
+    json: str | None = None
+    plot: Path | None = None
+    trace: Path | None = None
+
+
+def bytes_and_operations(case: Case, terms: tuple[str, ...] = TERMS) -> tuple[float, float]:
+    """The fewest bytes that must reach or leave memory, and the operations (a fused multiply-add is one) of ``case``.
+
+    With P pixels of C channels in the batch and e bytes a value:
+
+    objective, forward: x, X̂, logits and a uint8 mask are read: P·(2C·e + e + 1).
+    objective, forward and backward: launch one reads x and X̂ and writes the gradient, launch two reads it and writes it scaled
+        by grad_output; the gradient for the logits is made anew from logits and mask: P·(5C·e + 3e + 2).
+    synthesis: clean and anomalous image and a uint8 mask are written, P·(2C·e + 1); read are the stored bytes of the crops,
+        of mean area 0.81, up to four a value, and the texture under the masks, 3 % of the pixels in jittered crops of 0.65.
+
+    Operations: four blurs of 22 taps a value forward and three backward, 30 more each for SSIM, 30 a pixel for focal loss and
+    KL; synthesis 17 a value for the bilinear samples, 25 a pixel for coordinates and, for the half with a mask, 65 for noise.
+    Where only some ``terms`` of the objective are computed, the others' bytes and operations are left out.
+    """
+    pixels, e = case.batch * case.size**2, DTYPES[case.dtype].itemsize
+    values = 3 * pixels
+    if case.kernel == "synthesis":
+        low, high = case.settings.scale
+        jitter = case.settings.texture_jitter
+        per_value = (case.store_size / case.size) ** 2
+        crop, texture = ((b**3 - a**3) / (3 * (b - a)) for a, b in ((low, high), (1 - jitter, 1.0)))
+        read = min(crop * per_value, 4) + 0.03 * min(texture * per_value, 4)
+        return pixels + values * (2 * e + read), 17 * values + (25 + 65 / 2) * pixels
+    moved = operations = 0.0
+    if {"ssim", "mse"} & set(terms):
+        moved += values * (5 if case.backward else 2) * e
+        blurs = (118 + 96 * case.backward) if "ssim" in terms else 3
+        operations += values * blurs
+    if {"focal", "kl"} & set(terms):
+        moved += pixels * (3 * e + 2 if case.backward else e + 1)
+        operations += pixels * 30 * (1 + case.backward)
+    return moved, operations
+
+
+def cases(options: Options) -> list[Case]:
+    """Every combination that was asked for; synthesis has no backward pass."""
+    return [
+        Case(kernel, batch, options.size, dtype, backward, options.device, options.channels_last)
+        for kernel, batch, dtype, backward in itertools.product(
+            options.kernels, options.batches, options.dtypes, (False, True)
+        )
+        if not (kernel == "synthesis" and backward)
+    ]
+
+
+def candidates(case: Case, only: Sequence[str] = ()) -> list[Implementation]:
+    """What can be measured here: installed, for this device and type, and among the names asked for."""
+    return [
+        i
+        for i in IMPLEMENTATIONS
+        if i.kernel == case.kernel
+        and case.dtype in i.dtypes
+        and case.device.type in i.devices
+        and (not only or i.name in only)
+        and not i.missing()
+        and (i.name != "native" or native.available())
+    ]
+
+
+def measure(
+    case: Case, implementations: Sequence[Implementation], device: Device, seconds: float
+) -> list[dict[str, Any]]:
+    """A result per implementation, as the JSON file has it. One that raises gets ``error`` and no numbers.
+
+    ``median_us`` is the cold median where there is one, as the bound is that of memory; ``warm_us`` the one out of L2.
+    """
+    torch.compiler.reset()  # past a few shapes torch.compile would silently run eagerly
+    sets = [case.inputs(seed) for seed in range(cold_sets(bytes_and_operations(case)[0], case.device))]
+    clocks: dict[str, Clock] = {}
+    errors: dict[str, str] = {}
+    for implementation in implementations:
+        try:
+            if case.device.type == "cuda" and not implementation.waits:
+                calls = [implementation.prepare(case, inputs) for inputs in sets]
+                clocks[f"{implementation.name} warm"] = graph_clock(calls[:1])
+                if len(calls) > 1:
+                    clocks[f"{implementation.name} cold"] = graph_clock(calls)
+            else:
+                clocks[f"{implementation.name} warm"] = host_clock(implementation.prepare(case, sets[0]), case.device)
+        except Exception as error:  # a peer's failure is a result, and the others' numbers are still wanted
+            errors[implementation.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    medians = take_turns(clocks, seconds)
+    return [
+        _result(case, i, device, medians.get(f"{i.name} warm"), medians.get(f"{i.name} cold"), errors.get(i.name))
+        for i in implementations
+    ]
+
+
+def _result(
+    case: Case,
+    implementation: Implementation,
+    device: Device,
+    warm: float | None,
+    cold: float | None,
+    error: str | None,
+) -> dict[str, Any]:
+    moved, operations = bytes_and_operations(case, implementation.terms)
+    memory, arithmetic = moved / device.copy_gbps / 1e3, operations / device.peak_gops / 1e3
+    median = warm if cold is None else cold
+    gbps = moved / median / 1e3 if median else None
+    result: dict[str, Any] = {
+        "kernel": case.kernel,
+        "implementation": implementation.name,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "pass": case.passes,
+        "median_us": median,
+        "cold_us": cold,
+        "warm_us": warm,
+        "clock": "graph" if case.device.type == "cuda" and not implementation.waits else "host",
+        "bytes": round(moved),
+        "operations": round(operations),
+        "gbps": gbps,
+        "copy_fraction": gbps / device.copy_gbps if gbps else None,
+        "roof": "bytes" if memory > arithmetic else "operations",
+        "roof_us": max(memory, arithmetic),
+        "fraction_of_roof": max(memory, arithmetic) / median if median else None,
+    }
+    if case.kernel == "objective":
+        result["terms"] = list(implementation.terms)
+        result["layout"] = "channels_last" if case.channels_last else "contiguous"
+    return result | ({"error": error} if error else {})
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What ran, and for each peer its version or why it was not measured."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    if device.type == "cuda":
+        found["cuda" if torch.version.cuda else "hip"] = str(torch.version.cuda or torch.version.hip)
+    else:
+        found["native kernels"] = "compiled here" if native.available() else "no C++ compiler that works"
+    for package in PACKAGES:
+        uses = [i for i in IMPLEMENTATIONS if package in i.packages]
+        unfit = all(device.type not in i.devices for i in uses)
+        installed = version(package)
+        found[package] = "not installed" if installed is None else f"{installed}, needs a GPU" if unfit else installed
+    return found
+
+
+def compiled_kernels() -> list[dict[str, Any]]:
+    """``kernels.compiled``'s report, from its own process: here kernels may be interpreted.
+
+    Raises:
+        RuntimeError: it failed; holds the last line of what it said.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.compiled", "--json"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"kernels.compiled exited with {done.returncode} and said: {said[-1]}")
+    report: list[dict[str, Any]] = json.loads(done.stdout)
+    return report
+
+
+def save_trace(path: Path, options: Options) -> None:
+    """A Chrome trace (chrome://tracing, Perfetto) of one call of everything measured, the first set of inputs, warm."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    calls = []
+    for case in cases(options):
+        inputs = case.inputs(0)
+        for implementation in candidates(case, options.only):
+            try:
+                call = implementation.prepare(case, inputs)
+                call()
+            except Exception:  # the results say why
+                continue
+            calls.append((f"{implementation.name}: {case}", call))
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (options.device.type == "cuda")
+    synchronise(options.device)
+    with profile(activities=activities) as recorded:
+        for label, call in calls:
+            with record_function(label):
+                call()
+                synchronise(options.device)
+    temporary = path.with_name(f".{path.name}")
+    recorded.export_chrome_trace(str(temporary))
+    temporary.replace(path)
+
+
+def save_json(path: Path, report: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def gather(options: Options, progress: Console) -> tuple[Device, dict[str, Any], list[str]]:
+    """Measures everything: the device, the report as the JSON file has it, and a line for each thing of ours that failed.
+
+    What fails is said on ``progress`` and hides none of the rest.
+    """
+    results: list[dict[str, Any]] = []
+    with progress.status("the device's bandwidth and peak") as status:
+        device = measure_device(options.device)
+        for case in cases(options):
+            status.update(str(case))
+            results += measure(case, candidates(case, options.only), device, options.seconds)
+    failures = {
+        f"{r['kernel']} {r['implementation']}: {r['error']}": r["implementation"] for r in results if "error" in r
+    }
+    compiled = []
+    if options.compiled:
+        try:
+            with progress.status("compiling for other devices"):
+                compiled = compiled_kernels()
+        except RuntimeError as error:
+            failures[str(error)] = "triton"
+    for failure in failures:
+        progress.print(f"failed: {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
+    report = {
+        "device": device.name,
+        "versions": versions(options.device),
+        "copy_gbps": device.copy_gbps,
+        "results": results,
+        "compiled": compiled,
+    }
+    return device, report, [failure for failure, implementation in failures.items() if implementation in OURS]
+
+
+def profile_kernels(options: Options) -> ExitCode:
+    """Measures, prints, and writes the files asked for. ``CRASHED`` if a kernel of ours or the compile report failed."""
+    console = Console(stderr=options.json == "-")
+    device, report, broken = gather(options, Console(stderr=True))
+    console.print(*result_tables(report["results"], device), sep="\n")
+    console.print(left_out(report["versions"]), style="dim", highlight=False)
+    console.print(*compile_tables(report["compiled"]), sep="\n")
+    if options.json == "-":
+        print(json.dumps(report, indent=1, allow_nan=False))
+    elif options.json:
+        save_json(Path(options.json), report)
+    if options.plot:
+        save_roofline(options.plot, report["results"], device)
+    if options.trace:
+        save_trace(options.trace, options)
+    return ExitCode.CRASHED if broken else ExitCode.OK
