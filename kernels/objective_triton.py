@@ -46,6 +46,7 @@ LOG_CLAMP = tl.constexpr(math.log(1e-12))
 LOWEST = tl.constexpr(-(2.0**100))  # stands for log 0: its differences are finite, their exponentials zero
 STAGED = tl.constexpr(5)  # rows in a scratch buffer: s, d, and the three that the gradient blurs
 
+LANES = 64 if torch.version.hip else 32
 MASK_BLOCK, MASK_STEP = 1024, 256
 BACKWARD_BLOCK = 1024
 
@@ -100,19 +101,15 @@ def _blur_column(state, row):
 
 
 @triton.jit
-def _fetch(x, y, row, column, extra, height, width, sx_h, sx_w, sy_h, sy_w):
-    """One row of x and X̂ in storage type: each lane's two columns, and the ten columns after the last lane's."""
+def _fetch(x, y, row, columns, height, sx_h, sx_w, sy_h, sy_w):
+    """One row of x and X̂ in storage type at three vectors of columns. Beyond the image it repeats the last row and column."""
+    row = tl.minimum(row, height - 1)
     x, y = x + row * sx_h, y + row * sy_h
-    inside = row < height
-    even, odd, more = inside & (column < width), inside & (column + 1 < width), inside & (extra < width)
+    even, odd, more = columns
     return (
-        tl.load(x + column * sx_w, mask=even, other=0.0),
-        tl.load(x + (column + 1) * sx_w, mask=odd, other=0.0),
-        tl.load(x + extra * sx_w, mask=more, other=0.0),
-        tl.load(y + column * sy_w, mask=even, other=0.0),
-        tl.load(y + (column + 1) * sy_w, mask=odd, other=0.0),
-        tl.load(y + extra * sy_w, mask=more, other=0.0),
-    )
+        tl.load(x + even * sx_w), tl.load(x + odd * sx_w), tl.load(x + more * sx_w),
+        tl.load(y + even * sy_w), tl.load(y + odd * sy_w), tl.load(y + more * sy_w),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -176,14 +173,13 @@ def _reconstruction_tile(
     is_window = start + pair < width - HALO
     is_owned = is_window & (pair >= shift) & (start + pair < end)
     column = start + shift + 2 * lane
+    even, odd, more = start + 2 * lane, start + 2 * lane + 1, start + extra
+    columns = (tl.minimum(even, width - 1), tl.minimum(odd, width - 1), tl.minimum(more, width - 1))
 
-    raw = _fetch(
-        x, y, (first + tl.minimum(bottom + HALO, height)) // 2, start + 2 * lane, start + extra, height, width,
-        sx_h, sx_w, sy_h, sy_w,
-    )  # fmt: skip
-    count = tl.cast(tl.minimum(width - start, SPAN), REAL)
-    centre_x = tl.sum(raw[0].to(REAL) + raw[1].to(REAL), 0) / count
-    centre_y = tl.sum(raw[3].to(REAL) + raw[4].to(REAL), 0) / count
+    middle = (first + tl.minimum(bottom + HALO, height)) // 2
+    raw = _fetch(x, y, middle, columns, height, sx_h, sx_w, sy_h, sy_w)
+    centre_x = tl.sum(raw[0].to(REAL) + raw[1].to(REAL), 0) / SPAN
+    centre_y = tl.sum(raw[3].to(REAL) + raw[4].to(REAL), 0) / SPAN
     offset_s, offset_d = centre_x + centre_y, centre_x - centre_y
 
     none = tl.zeros([LANES], REAL)
@@ -201,11 +197,11 @@ def _reconstruction_tile(
                 tl.store(blank, tl.zeros([16], REAL), mask=margin < HALO)
                 tl.store(blank + SPAN + HALO, tl.zeros([16], REAL), mask=margin < HALO)
 
-    raw = _fetch(x, y, first, start + 2 * lane, start + extra, height, width, sx_h, sx_w, sy_h, sy_w)
+    raw = _fetch(x, y, first, columns, height, sx_h, sx_w, sy_h, sy_w)
     for row in range(first, first + HALO):
         buffer = scratch + (row % 2) * (STAGED * PITCH)
         _, _, _, _, states = _ssim_forward(buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH)
-        raw = _fetch(x, y, row + 1, start + 2 * lane, start + extra, height, width, sx_h, sx_w, sy_h, sy_w)
+        raw = _fetch(x, y, row + 1, columns, height, sx_h, sx_w, sy_h, sy_w)
 
     # Each turn adds a row of pixels, which completes a row of windows ten rows up and, the turn after (so that everything
     # staged waits at one barrier), the gradient of the row of pixels where those windows begin.
@@ -218,17 +214,19 @@ def _reconstruction_tile(
         mean_s, mean_d, mean_ss, mean_dd, states = _ssim_forward(
             buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH
         )
-        raw = _fetch(x, y, row + 1, start + 2 * lane, start + extra, height, width, sx_h, sx_w, sy_h, sy_w)
+        raw = _fetch(x, y, row + 1, columns, height, sx_h, sx_w, sy_h, sy_w)
 
         pixel = row - HALO - 1
         if pixel >= top:
-            even, odd = column < end, column + 1 < end
+            own_even, own_odd = column < end, column + 1 < end
             x_row, y_row = x + pixel * sx_h + column * sx_w, y + pixel * sy_h + column * sy_w
             x_pixel = tl.join(
-                tl.load(x_row, mask=even, other=0.0).to(REAL), tl.load(x_row + sx_w, mask=odd, other=0.0).to(REAL)
+                tl.load(x_row, mask=own_even, other=0.0).to(REAL),
+                tl.load(x_row + sx_w, mask=own_odd, other=0.0).to(REAL),
             )
             y_pixel = tl.join(
-                tl.load(y_row, mask=even, other=0.0).to(REAL), tl.load(y_row + sy_w, mask=odd, other=0.0).to(REAL)
+                tl.load(y_row, mask=own_even, other=0.0).to(REAL),
+                tl.load(y_row + sy_w, mask=own_odd, other=0.0).to(REAL),
             )
             difference = y_pixel - x_pixel
             squared_error += difference * difference
@@ -240,8 +238,8 @@ def _reconstruction_tile(
                 slope = of_mean + (x_pixel + y_pixel - offset_s) * of_s + (difference + offset_d) * of_d
                 gradient_even, gradient_odd = tl.split(ssim_weight * slope + l2_weight * difference)
                 gradient_row = dy + pixel * sg_h + column * sg_w
-                tl.store(gradient_row, gradient_even.to(dy.dtype.element_ty), mask=even)
-                tl.store(gradient_row + sg_w, gradient_odd.to(dy.dtype.element_ty), mask=odd)
+                tl.store(gradient_row, gradient_even.to(dy.dtype.element_ty), mask=own_even)
+                tl.store(gradient_row + sg_w, gradient_odd.to(dy.dtype.element_ty), mask=own_odd)
 
         window = row - HALO
         var_s, var_d = mean_ss - mean_s * mean_s, mean_dd - mean_d * mean_d
@@ -486,7 +484,7 @@ def objective_backward_kernel(
             kl = (tl.exp(log_p) - rho) / tl.cast(pixels, REAL)
         else:
             mean_log_p, mean_log_q = tl.load(log_areas + image), tl.load(log_areas + images + image)
-            both = log_p + log_q  # log of σ(z) · σ(−z), the derivative of σ
+            both = tl.where(inside, log_p + log_q, LOWEST)  # log of σ(z) · σ(−z), the derivative of σ
             kl = ((1.0 - rho) * tl.exp(both - mean_log_q) - rho * tl.exp(both - mean_log_p)) / tl.cast(pixels, REAL)
         slope = tl.cast(focal_weight, REAL) * focal / tl.cast(pixels, REAL) + tl.cast(kl_weight, REAL) * kl
         tl.store(dlogits + at, (g / tl.cast(images, REAL) * slope).to(dlogits.dtype.element_ty), mask=inside)
@@ -500,12 +498,12 @@ REDUCE: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": T
 BACKWARD: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
-def tiling(images: int, channels: int, height: int, width: int, lanes: int) -> tuple[int, int, int]:
+def tiling(images: int, channels: int, height: int, width: int) -> tuple[int, int, int]:
     """(strips, bands, rows a band) of each plane, from shapes alone so that results do not depend on the machine.
 
     A band repeats 10 rows of the forward and 10 of the backward of its neighbour, so bands are as tall as keeps a GPU busy.
     """
-    span, halo = 2 * lanes, WINDOW - 1
+    span, halo = 2 * LANES, WINDOW - 1
     # The last strip reaches ten columns further than the others: no windows begin in an image's last ten columns.
     strips = 1 if width <= span else max(2, math.ceil((width - span - halo) / (span - halo)) + 1)
     rows = 64 if images * channels * strips * math.ceil(height / 64) >= 2048 else 32
@@ -530,8 +528,7 @@ def forward(
     images, channels, height, width = x.shape
     real = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
     logits, mask = logits.contiguous(), _bytes(mask).contiguous()
-    lanes = 64 if torch.version.hip else 32
-    strips, bands, rows = tiling(images, channels, height, width, lanes)
+    strips, bands, rows = tiling(images, channels, height, width)
     tiles_per_image, blocks_per_image = channels * strips * bands, math.ceil(height * width / MASK_BLOCK)
     tiles, blocks = images * tiles_per_image, images * blocks_per_image
 
@@ -541,7 +538,7 @@ def forward(
     saved = torch.float32 if reconstruction.dtype == torch.float16 else reconstruction.dtype
     dy = torch.empty_like(reconstruction, dtype=saved) if gradients else torch.empty(0, dtype=saved, device=x.device)
     strides = dy.stride() if gradients else (0, 0, 0, 0)
-    scratch = new(tiles, 2, STAGED.value, 2 * lanes + 32)
+    scratch = new(tiles, 2, STAGED.value, 2 * LANES + 32)
     tile_partials, block_partials = new(2, tiles), new(3, blocks)
     total, means, per_image, log_areas = new(), new(4), new(4, images), new(2, images)
     w, pixel = weights, weights.kl_form == "pixel"
@@ -552,7 +549,7 @@ def forward(
             images, channels, height, width, strips, bands, rows, blocks, blocks_per_image,
             *x.stride(), *reconstruction.stride(), *strides,
             w.reconstruction, w.ssim, w.l2, w.gamma,
-            GRADIENT=gradients, LANES=lanes, BLOCK=MASK_BLOCK, STEP=MASK_STEP, **types, **ONE_WARP,
+            GRADIENT=gradients, LANES=LANES, BLOCK=MASK_BLOCK, STEP=MASK_STEP, **types, **ONE_WARP,
         )  # fmt: skip
         objective_reduce_kernel[(1,)](
             tile_partials, block_partials, per_image, means, total, log_areas,

@@ -1,0 +1,54 @@
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from kernels.compiled import TARGETS
+from tests.conftest import REPOSITORY, environment
+
+
+@pytest.fixture(scope="module")
+def report() -> list[dict[str, Any]]:
+    """Compiled in a process of its own: this one may be interpreting its kernels."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.compiled", "--json"],
+        cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_every_kernel_fits_every_target_without_spilling(report: list[dict[str, Any]]) -> None:
+    assert {k["target"] for k in report} == set(TARGETS)
+    for kernel in report:
+        assert kernel["spills"] == 0, kernel
+        assert kernel["shared_bytes"] <= TARGETS[kernel["target"]][1], kernel
+
+
+@pytest.mark.slow
+def test_both_operations_are_reported_for_both_layouts(report: list[dict[str, Any]]) -> None:
+    names = {k["kernel"] for k in report}
+    assert len(report) == len(names) * len(TARGETS)
+    assert {"objective_forward fp32 contiguous", "objective_forward bf16 channels_last", "objective_reduce"} <= names
+
+
+@pytest.mark.slow
+def test_the_code_is_what_the_design_counts_on(report: list[dict[str, Any]]) -> None:
+    """A row of the seven blurs is 308 fused multiply-adds or half as many packed ones, and its warp meets at one barrier."""
+    for kernel in report:
+        if kernel["kernel"].startswith("objective_forward"):
+            mix = kernel["instructions"]
+            assert mix["fma"] > (150 if kernel["target"] in ("sm_100", "gfx942") else 300), kernel
+            assert mix["barrier"] <= 2 and kernel["shared_bytes"] == 0, kernel
+            assert sum(count for kind, count in mix.items() if kind != "total") == mix["total"]
+
+
+def test_an_interpreting_process_says_what_to_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.compiled"],
+        cwd=REPOSITORY, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0 and "unset TRITON_INTERPRET" in done.stderr
