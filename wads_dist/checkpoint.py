@@ -1,37 +1,123 @@
-"""Checkpoints: one directory per step, complete or absent.
+"""Saving and resuming a trainer: DeepSpeed's sharded state of both engines, and all that DeepSpeed leaves out.
 
-    checkpoints/step-00001200/        published by one rename, after every rank has finished writing beside that name
+    step-00001200/
         generator-segmenter/, discriminator/   DeepSpeed's sharded state of each engine
         rank-00000.pt …               this rank's random state, its own BatchNorm buffers and moving average
-        progress.json                 data position, counts, loss scale, world size, configuration, data fingerprint
-    checkpoints/latest                names the newest one; moves last
+        progress.json                 data position, counts, loss scale, world size, configuration, the data's hashes
+        manifest.json                 size and SHA-256 of all of them
 
-Loading DeepSpeed's files unpickles them: resume only from folders you trust. Weights for use elsewhere are safetensors.
+``checkpoint_files`` says what makes such a directory complete, ``reshard`` how another number of ranks loads it, and
+docs/checkpoints.md why. Loading unpickles DeepSpeed's files, after their hashes were found right: that detects damage, not
+malice. Resume only from folders you trust; weights for use elsewhere are safetensors.
 """
 
 import json
 import os
 import random
 import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
+from wads_dist import checkpoint_files as files
+from wads_dist.checkpoint_files import PROGRESS, FileEntry, hashed_file, write_text
 from wads_dist.errors import ResumeError
-from wads_dist.trainer import Trainer
+
+if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the command at the end of this file does without
+    from wads_dist.distributed import Ranks
+    from wads_dist.trainer import Trainer
+
+__all__ = ["DataHashes", "Saved", "resume", "save", "write_text"]
 
 ENGINES = ("generator-segmenter", "discriminator")
-LATEST = "latest"
 TAG = "state"
+# Weights as the module has them and as the optimiser has them, and Adam's two moments, all fp32.
+BYTES_PER_PARAMETER = 16
+SAFETY = 1.1
+
+Report = Callable[..., None]
+"""Called on every rank with an event's name and its values."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces ``path`` in one step: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+@dataclass(frozen=True)
+class DataHashes:
+    """What a category's data is: its fingerprint, and the SHA-256 of each shard, so that a difference can be named."""
+
+    fingerprint: str
+    shards: dict[str, str]
+
+    def difference(self, other: "DataHashes") -> list[str]:
+        """One line for each shard in which ``other`` differs."""
+        lines = [f"{name}: no longer there" for name in self.shards.keys() - other.shards.keys()]
+        lines += [f"{name}: new" for name in other.shards.keys() - self.shards.keys()]
+        common = self.shards.keys() & other.shards.keys()
+        lines += [f"{name}: other content" for name in common if self.shards[name] != other.shards[name]]
+        return sorted(lines) or ["labels or offsets of the samples"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save: a path, or a problem. The previous checkpoint is intact either way."""
+
+    path: Path | None = None
+    problem: str | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+class Writer:
+    """Stands in for DeepSpeed's checkpoint engine: hashes and syncs what is written, and keeps count of it.
+
+    A disk that is full must not stop one rank inside a collective that the others have yet to enter. So a write that fails
+    is remembered, the rest of the save is gone through without writing, and the ranks agree afterwards.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.entries: dict[str, FileEntry] = {}
+        self.error: OSError | None = None
+
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        if self.error:
+            return
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with hashed_file(path) as out:
+                torch.save(state_dict, cast(IO[bytes], out))
+            self.entries[str(path.relative_to(self.root))] = out.entry()
+        except OSError as error:
+            self.error = error
+
+    # What DeepSpeed's ``save_checkpoint`` asks of a checkpoint engine besides.
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Made when there is something to write."""
+
+    def create(self, info: Any) -> None: ...
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    @contextmanager
+    def installed(self, engine: Any) -> Iterator[None]:
+        """``engine`` writes through this inside. Its recovery script (a copied program) is left out."""
+        own = engine.checkpoint_engine
+        engine.checkpoint_engine, engine._copy_recovery_script = self, lambda save_path: None
+        try:
+            yield
+        finally:
+            engine.checkpoint_engine = own
+            del engine._copy_recovery_script
 
 
 def random_state() -> dict[str, Any]:
@@ -54,81 +140,214 @@ def restore_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def save(trainer: Trainer, folder: Path, fingerprint: str) -> Path:
-    """Writes and publishes a checkpoint of the trainer's present step; collective. Returns its directory.
+# --- saving ------------------------------------------------------------------------------------------------------
 
-    A crash at any moment leaves the previous checkpoint and the pointer to it as they were.
+
+def save(trainer: "Trainer", folder: Path, data: DataHashes, loss: float | None = None) -> Saved:
+    """Writes and publishes a checkpoint of the trainer's present step; collective. Never raises for want of space.
+
+    A crash at any moment leaves the previous checkpoint and the pointer to it as they were; so does a disk that is full,
+    which is said on stderr and in the result.
+
+    Args:
+        trainer: between two steps.
+        folder: the category's ``checkpoints``, on a file system that all ranks share.
+        data: what is trained on.
+        loss: mean loss since the previous save, the same on every rank; decides which checkpoint is the best.
     """
-    ranks, step = trainer.ranks, trainer.progress.step
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{final.name}"
+    started = time.monotonic()
+    ranks, name = trainer.ranks, files.name_of(trainer.progress.step)
+    plan = ranks.gather(_prepare(folder, name, size_estimate(trainer)) if ranks.is_first else None)[0]
+    assert plan is not None
+    if plan.path or plan.problem:
+        return _said(plan, ranks)
+    partial = files.partial_of(folder, name)
+    writer = Writer(partial)
+    for engine_name, engine in zip(ENGINES, trainer.both, strict=True):
+        with writer.installed(engine):
+            engine.save_checkpoint(str(partial / engine_name), tag=TAG, save_latest=False)
+    writer.save(rank_state(trainer), partial / f"rank-{ranks.rank:05d}.pt")
+    written = ranks.gather((writer.entries, describe(writer.error) if writer.error else None))
+    saved = None
     if ranks.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    for name, engine in zip(ENGINES, trainer.both, strict=True):
-        engine.save_checkpoint(str(partial / name), tag=TAG, save_latest=False)
-    own = {
-        "random": random_state(),
-        "buffers": dict(trainer.gs.module.named_buffers()),
-        "ema": trainer.ema.shadow if trainer.ema else None,
+        problem = next((f"rank {rank}: {error}" for rank, (_, error) in enumerate(written) if error), None)
+        entries = {path: entry for part, _ in written for path, entry in part.items()}
+        try:
+            if problem is None:
+                text = json.dumps(meta(trainer, data, loss), indent=1)
+                with hashed_file(partial / PROGRESS) as out:
+                    out.write(text.encode())
+                entries[PROGRESS] = out.entry()
+                files.write_manifest(partial, entries)
+                files.publish(folder, name)
+                files.retain(folder, name, trainer.config.checkpoint.keep, trainer.config.checkpoint.keep_best)
+        except OSError as error:
+            problem = describe(error)
+        if problem:
+            shutil.rmtree(partial, ignore_errors=True)
+            saved = Saved(problem=problem)
+        else:
+            size = sum(entry.bytes for entry in entries.values())
+            saved = Saved(folder / name, None, size, time.monotonic() - started)
+    return _said(ranks.gather(saved)[0], ranks)
+
+
+def _prepare(folder: Path, name: str, needed: int) -> Saved:
+    """The first rank's part before anything is written: a path if there is nothing to do, a problem if it cannot be done."""
+    if files.pointed_to(folder) == name and (folder / name).is_dir():
+        return Saved(folder / name)  # resumed here, and asked to save before the first step
+    try:
+        files.start(folder, name)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            files.partial_of(folder, name).rmdir()
+            return Saved(problem=f"{folder}: {free / 2**20:,.0f} MiB free, a checkpoint needs {needed / 2**20:,.0f}")
+    except OSError as error:
+        return Saved(problem=describe(error))
+    return Saved()
+
+
+def _said(saved: Saved | None, ranks: "Ranks") -> Saved:
+    assert saved is not None
+    if saved.problem and ranks.is_first:
+        print(
+            f"NO CHECKPOINT WRITTEN: {saved.problem}. Training goes on; the previous checkpoint is intact. Make room.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return saved
+
+
+def describe(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def size_estimate(trainer: "Trainer") -> int:
+    """Bytes a checkpoint will take, generously."""
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for engine in trainer.both for p in engine.module.parameters())
+    average = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.gs.module.parameters()) if trainer.ema else 0
+    buffers = sum(b.numel() * b.element_size() for b in trainer.gs.module.buffers()) * (trainer.ranks.world_size + 1)
+    return int(SAFETY * (parameters * BYTES_PER_PARAMETER + average * 4 + buffers)) + 2**20
+
+
+def rank_state(trainer: "Trainer") -> dict[str, Any]:
+    """What only this rank has: DeepSpeed stores the first rank's buffers only, and no random state."""
+    partitioned = trainer.gs.zero_optimization_stage() == 3
+    # Below ZeRO-3 every rank has the whole average, and the same.
+    average = trainer.ema.shadow if trainer.ema and (partitioned or trainer.ranks.is_first) else None
+    return {"random": random_state(), "buffers": dict(trainer.gs.module.named_buffers()), "ema": average}
+
+
+def meta(trainer: "Trainer", data: DataHashes, loss: float | None) -> dict[str, Any]:
+    """The content of ``progress.json``."""
+    return {
+        "progress": trainer.progress.state_dict(),
+        "loss_scale": trainer.loss_scale.state_dict(),
+        "loss": loss,
+        "world_size": trainer.ranks.world_size,
+        "zero_stage": trainer.gs.zero_optimization_stage(),
+        "data": {"fingerprint": data.fingerprint, "shards": data.shards},
+        "config": trainer.config.to_toml(),
+        "versions": {name: version(name) for name in ("torch", "deepspeed")},
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    torch.save(own, partial / f"rank-{ranks.rank:05d}.pt")
-    ranks.barrier()
-    if ranks.is_first:
-        meta = {
-            "progress": trainer.progress.state_dict(),
-            "loss_scale": trainer.loss_scale.state_dict(),
-            "world_size": ranks.world_size,
-            "fingerprint": fingerprint,
-            "config": trainer.config.to_toml(),
-        }
-        (partial / "progress.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        write_text(folder / LATEST, final.name)
-        # A crash before the pointer moved can have left a later step than this one: it must not push this one out.
-        others = [old for old in sorted(folder.glob("step-*")) if old != final]
-        for old in others[: max(0, len(others) + 1 - trainer.config.checkpoint.keep)]:
-            shutil.rmtree(old)
-    ranks.barrier()
-    return final
 
 
-def resume(trainer: Trainer, folder: Path, fingerprint: str) -> bool:
-    """Restores the newest checkpoint in ``folder`` into ``trainer``; False when there is none. Collective.
+# --- resuming ----------------------------------------------------------------------------------------------------
+
+
+def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = lambda event, **values: None) -> bool:
+    """Restores the newest good checkpoint in ``folder`` into ``trainer``; False when there never was one. Collective.
+
+    Nothing is unpickled before every hash was found right. A damaged checkpoint is moved to ``quarantine`` and the one
+    before it is taken. The number of ranks may be another than at the save.
 
     Raises:
-        ResumeError: it was written by another number of ranks, or from other data.
+        ResumeError: there were checkpoints but none is good, or the newest good one was trained on other data.
     """
-    pointer = folder / LATEST
-    if not pointer.is_file():
+    checkpoint = choose(trainer.ranks, folder, report)
+    if checkpoint is None:
         return False
-    final = folder / pointer.read_text().strip()
-    meta = json.loads((final / "progress.json").read_text())
-    ranks = trainer.ranks
-    if meta["fingerprint"] != fingerprint:
+    saved = json.loads((checkpoint / PROGRESS).read_text())
+    before = DataHashes(**saved["data"])
+    if before.fingerprint != data.fingerprint:
         raise ResumeError(
-            f"{final} was trained on data with fingerprint {meta['fingerprint'][:12]}, the data now has "
-            f"{fingerprint[:12]}. Give the same shards, or another --run.dir to start anew."
+            f"{checkpoint} was trained on other data (fingerprint {before.fingerprint[:12]}, now {data.fingerprint[:12]}):\n  "
+            + "\n  ".join(before.difference(data))
+            + "\nGive the same shards, or another --run.dir to start anew."
         )
-    if meta["world_size"] != ranks.world_size:
-        raise ResumeError(
-            f"{final} was written by {meta['world_size']} ranks, this launch has {ranks.world_size}. Launch with "
-            f"{meta['world_size']}, or another --run.dir to start anew."
-        )
-    for name, engine in zip(ENGINES, trainer.both, strict=True):
-        loaded, _ = engine.load_checkpoint(str(final / name), tag=TAG)
-        if loaded is None:
-            raise ResumeError(f"{final / name} could not be loaded; remove {final} and point {pointer} to another step")
-    # Ours, in a folder whose DeepSpeed files are unpickled anyway.
-    own = torch.load(final / f"rank-{ranks.rank:05d}.pt", map_location="cpu", weights_only=False)
+    if saved["world_size"] == trainer.ranks.world_size:
+        load_engines(trainer, checkpoint)
+        state = load_rank(checkpoint, trainer.ranks.rank)
+        if trainer.ema and state["ema"] is None:
+            state["ema"] = load_rank(checkpoint, 0)["ema"]
+    else:
+        from wads_dist import reshard
+
+        if trainer.ranks.is_first:
+            print(f"{checkpoint}: from {saved['world_size']} to {trainer.ranks.world_size} ranks", flush=True)
+        report("reshard", step=saved["progress"]["step"], ranks=[saved["world_size"], trainer.ranks.world_size])
+        state = reshard.load(trainer, checkpoint, saved["world_size"])
     with torch.no_grad():
         for name, buffer in trainer.gs.module.named_buffers():
-            buffer.copy_(own["buffers"][name])
+            buffer.copy_(state["buffers"][name])
         if trainer.ema:
-            torch._foreach_copy_(trainer.ema.shadow, own["ema"])
-    restore_random_state(own["random"])
-    trainer.progress.load_state_dict(meta["progress"])
-    trainer.loss_scale.load_state_dict(meta["loss_scale"])
+            torch._foreach_copy_(trainer.ema.shadow, state["ema"])
+    restore_random_state(state["random"])
+    trainer.progress.load_state_dict(saved["progress"])
+    trainer.loss_scale.load_state_dict(saved["loss_scale"])
     return True
+
+
+def choose(ranks: "Ranks", folder: Path, report: Report) -> Path | None:
+    """The newest good checkpoint, on which all ranks agree: each hashes its share of the files.
+
+    Raises:
+        ResumeError: there were checkpoints, but none is good.
+    """
+    while True:
+        view = (files.candidate(folder), files.had_checkpoints(folder)) if ranks.is_first else (None, False)
+        name, had_any = ranks.gather(view)[0]
+        if name is None:
+            if had_any:
+                raise ResumeError(
+                    f"{folder}: no good checkpoint is left (damaged ones are in {folder / files.QUARANTINE}). Restore one "
+                    f"from a backup, or remove {folder} to start this category anew."
+                )
+            return None
+        found = ranks.gather(files.problems(folder / name, ranks.rank, ranks.world_size))
+        problems = list(dict.fromkeys(problem for part in found for problem in part))
+        if ranks.is_first and not problems and files.pointed_to(folder) != name:
+            write_text(folder / files.LATEST, name)
+        if not problems:
+            return folder / name
+        if ranks.is_first:
+            moved = files.quarantine(folder, name)
+            print(
+                f"DAMAGED CHECKPOINT {folder / name}, moved to {moved}:",
+                *problems,
+                sep="\n  ",
+                file=sys.stderr,
+                flush=True,
+            )
+        report("quarantine", checkpoint=name, problems=problems)
+        ranks.barrier()
+
+
+def load_engines(trainer: "Trainer", folder: Path) -> None:
+    """DeepSpeed's state of both engines from ``folder``."""
+    for name, engine in zip(ENGINES, trainer.both, strict=True):
+        loaded, _ = engine.load_checkpoint(str(folder / name), tag=TAG)
+        if loaded is None:
+            raise ResumeError(f"{folder / name} could not be loaded by DeepSpeed {version('deepspeed')}")
+
+
+def load_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
+    """A rank's ``rank_state``; its hash has been found right."""
+    return torch.load(checkpoint / f"rank-{rank:05d}.pt", map_location="cpu", weights_only=False)
+
+
+if __name__ == "__main__":
+    status = files.main()
+    sys.stdout.flush()
+    os._exit(status)

@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import deepspeed
@@ -168,7 +169,8 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
     folder = run / category
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"
-    fingerprint = dataset.manifest(category).fingerprint
+    manifest = dataset.manifest(category)
+    data = checkpoint.DataHashes(manifest.fingerprint, {shard.name: shard.sha256 for shard in manifest.shards})
     last_save = time.monotonic()
 
     def requests() -> Requests:
@@ -178,7 +180,7 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
     trainer = Trainer(config, ranks, TrainingData(config, dataset, category, ranks.device), requests, pulse)
     events = Events(folder, ranks.is_first)
     display = Display(category, config.trainer.samples, ranks.is_first)
-    resumed = checkpoint.resume(trainer, checkpoints, fingerprint)
+    resumed = checkpoint.resume(trainer, checkpoints, data, events.write)
     started_at, started = trainer.progress.next_sample, time.monotonic()
     events.write(
         "resume" if resumed else "start",
@@ -186,20 +188,24 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
         samples=started_at,
         world_size=ranks.world_size,
         precision=trainer.precision,
-        fingerprint=fingerprint,
+        fingerprint=data.fingerprint,
     )
     if resumed and ranks.is_first:
         say(f"{category}: resumed at sample {started_at:,} (step {trainer.progress.step:,})")
     skipped = SkippedSamples(folder, config, dataset, category)
     seconds = [0.0] * ranks.world_size
+    taken: list[float] = []  # losses of the steps taken since the last save
+    unsaved: str | None = None  # why the last save did not succeed
 
     def on_step(trainer: Trainer, losses: Losses) -> None:
-        nonlocal last_save, seconds
+        nonlocal last_save, seconds, unsaved
         progress, every, verdict = trainer.progress, config.checkpoint, losses.verdict
         assert verdict is not None
         finished = progress.next_sample >= config.trainer.samples
         seconds = [a + b for a, b in zip(seconds, verdict.seconds, strict=True)]
-        if verdict.rejected and ranks.is_first:
+        if not verdict.rejected:
+            taken.append(verdict.loss)
+        elif ranks.is_first:
             events.write("rejected", **skipped.write(trainer, losses))
         if progress.step % config.trainer.log_every == 0 or finished:
             values = losses.means()
@@ -223,9 +229,17 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
         due = every.every_steps is not None and progress.step % every.every_steps == 0
         if due or finished or verdict.save or verdict.stop:
             pulse.mark("save", progress.step)
-            checkpoint.save(trainer, checkpoints, fingerprint)
-            last_save = time.monotonic()
-            events.write("checkpoint", step=progress.step, samples=progress.next_sample)
+            saved = checkpoint.save(trainer, checkpoints, data, fmean(taken) if taken else None)
+            last_save, unsaved = time.monotonic(), saved.problem
+            taken.clear()
+            events.write(
+                "checkpoint failed" if saved.problem else "checkpoint",
+                step=progress.step,
+                samples=progress.next_sample,
+                problem=saved.problem,
+                bytes=saved.bytes,
+                seconds=round(saved.seconds, 3),
+            )
 
     try:
         with stop.deferred():
@@ -234,9 +248,10 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
         display.close()
     if stop.requested or not spent:
         events.write("preempted", step=trainer.progress.step, samples=trainer.progress.next_sample)
+        outcome = f"BUT NOT SAVED ({unsaved})" if unsaved else "and saved"
         raise PreemptedError(
-            f"stopped as asked, and saved, at sample {trainer.progress.next_sample:,} (step {trainer.progress.step:,}); the "
-            "same command goes on from there"
+            f"stopped as asked, {outcome}, at sample {trainer.progress.next_sample:,} (step {trainer.progress.step:,}); the "
+            "same command goes on from the last checkpoint"
         )
     pulse.mark("evaluate", trainer.progress.step)
     state = trainer.inference_state()
@@ -256,7 +271,7 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
             "world_size": ranks.world_size,
             "precision": trainer.precision,
             "backbone": f"{config.model.backbone} ({config.model.weights} weights)",
-            "fingerprint": fingerprint,
+            "fingerprint": data.fingerprint,
         }
         save_samples(folder / "samples.png", category, evaluation)
         # Last: this file says that the category is done.

@@ -1,0 +1,339 @@
+"""Checkpoints as files: what makes one complete, which one to use, and which to keep. Needs no torch.
+
+    checkpoints/step-00001200/        published by one rename, after every rank has written and synced beside that name
+        …                             whatever was saved
+        manifest.json                 SHA-256 and size of every other file; the last file written
+    checkpoints/latest                names the newest one; moves last
+    checkpoints/quarantine/           damaged checkpoints, moved here instead of deleted
+
+A directory is a good checkpoint if and only if it holds exactly what its manifest says. docs/checkpoints.md has the protocol.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MANIFEST, PROGRESS, LATEST, QUARANTINE = "manifest.json", "progress.json", "latest", "quarantine"
+FORMAT = 1
+STEP = re.compile(r"step-\d{8,}")
+GOOD, USAGE, DAMAGED = 0, 2, 3
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file's line in the manifest."""
+
+    bytes: int
+    sha256: str
+
+
+class HashedFile:
+    """A file being written, hashed as it passes through so that nothing has to be read back.
+
+    What the disk then holds is compared with what was meant to be written, not with itself.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb", buffering=0)
+        self.sha256, self.bytes = hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.sha256.update(view)
+        try:
+            written = 0
+            while written < len(view):  # one call writes 2 GiB at most
+                written += self.file.write(view[written:])
+        except OSError as error:
+            self.error = error  # torch turns it into a RuntimeError that no longer says why
+            raise
+        self.bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def entry(self) -> FileEntry:
+        return FileEntry(self.bytes, self.sha256.hexdigest())
+
+
+@contextmanager
+def hashed_file(path: Path) -> Iterator[HashedFile]:
+    """Writes ``path`` and syncs it to the disk.
+
+    Raises:
+        OSError: it could not be written, whatever the writer made of that.
+    """
+    out = HashedFile(path)
+    try:
+        yield out
+        os.fsync(out.file.fileno())
+    except Exception as error:
+        raise out.error or error from None
+    finally:
+        out.file.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` in one step: a reader sees the old text or the new one, also after a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with hashed_file(temporary) as out:
+            out.write(text.encode())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name in ``folder`` outlives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def partial_of(folder: Path, name: str) -> Path:
+    """Where the checkpoint ``name`` is written before it is published."""
+    return folder / f".partial-{name}"
+
+
+def start(folder: Path, name: str) -> None:
+    """An empty directory to write the checkpoint ``name`` into; what earlier crashes left behind is removed."""
+    for left in folder.glob(".partial-*"):
+        shutil.rmtree(left)
+    partial_of(folder, name).mkdir(parents=True)
+
+
+def write_manifest(partial: Path, entries: dict[str, FileEntry]) -> None:
+    """The last file of a checkpoint: with it, the directory is complete.
+
+    Raises:
+        OSError: a file that a rank wrote is not visible here.
+    """
+    for name, entry in entries.items():
+        if not (partial / name).is_file() or (partial / name).stat().st_size != entry.bytes:
+            raise OSError(f"{partial / name} is not what its rank wrote: run.dir must be a folder that all nodes share")
+    content = {"format": FORMAT, "files": {name: asdict(entries[name]) for name in sorted(entries)}}
+    with hashed_file(partial / MANIFEST) as out:
+        out.write(json.dumps(content, indent=1).encode())
+    for folder in [partial, *(path for path in partial.rglob("*") if path.is_dir())]:
+        sync_folder(folder)
+
+
+def publish(folder: Path, name: str) -> Path:
+    """Gives a complete partial directory its name, then points to it."""
+    final = folder / name
+    if final.exists():  # of an earlier life that died before it was pointed to
+        shutil.rmtree(final)
+    os.rename(partial_of(folder, name), final)
+    sync_folder(folder)
+    write_text(folder / LATEST, name)
+    return final
+
+
+def retain(folder: Path, current: str, keep: int, keep_best: bool) -> None:
+    """Removes old checkpoints: what stays is ``current``, the newest ``keep``, and the one with the lowest loss.
+
+    A crash before the pointer moved can have left a later step than ``current``: it must not push that one out.
+    """
+    others = [name for name in steps(folder) if name != current]
+    stay = {current, *others[: keep - 1]}
+    if keep_best and (best := best_of(folder)):
+        stay.add(best)
+    for name in set(others) - stay:
+        shutil.rmtree(folder / name)
+
+
+def best_of(folder: Path) -> str | None:
+    """The checkpoint with the lowest loss, if any has one."""
+    losses = {name: summary(folder / name).get("loss") for name in steps(folder)}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    return min(known, key=lambda name: known[name]) if known else None
+
+
+# --- choosing ----------------------------------------------------------------------------------------------------
+
+
+def steps(folder: Path) -> list[str]:
+    """Names of the published checkpoints, newest first."""
+    return sorted((path.name for path in folder.glob("step-*") if STEP.fullmatch(path.name)), reverse=True)
+
+
+def pointed_to(folder: Path) -> str | None:
+    pointer = folder / LATEST
+    return pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+
+
+def candidate(folder: Path) -> str | None:
+    """The checkpoint to try first: the one pointed to, or else the newest there is."""
+    names = steps(folder)
+    pointer = pointed_to(folder)
+    return pointer if pointer in names else (names[0] if names else None)
+
+
+def had_checkpoints(folder: Path) -> bool:
+    """Whether a run has ever published one here."""
+    return pointed_to(folder) is not None or any((folder / QUARANTINE).glob("*"))
+
+
+def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint; empty if it holds exactly what its manifest says.
+
+    With ``parts`` > 1 this call hashes one part of the files only; the others are another rank's.
+    """
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_bytes())
+        entries = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+        if content["format"] != FORMAT:
+            return [f"{MANIFEST} has format {content['format']!r}; this version reads {FORMAT}"]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing: incomplete, or of a version that wrote none"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read: {error}"]
+    found = []
+    if part == 0:
+        there = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if not path.is_dir()}
+        found += [f"{name} does not belong here" for name in sorted(there - entries.keys() - {MANIFEST})]
+    by_size = sorted(entries, key=lambda name: (-entries[name].bytes, name))
+    for name in sorted(by_size[part::parts]):
+        try:
+            size = (checkpoint / name).stat().st_size
+            if size != entries[name].bytes:
+                found.append(f"{name} has {size} bytes, the manifest says {entries[name].bytes}")
+            elif sha256_of(checkpoint / name) != entries[name].sha256:
+                found.append(f"{name} has other bytes than were written (SHA-256)")
+        except FileNotFoundError:
+            found.append(f"{name} is missing")
+        except OSError as error:
+            found.append(f"{name} cannot be read: {error.strerror or error}")
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def quarantine(folder: Path, name: str) -> Path:
+    """Moves a damaged checkpoint out of the way; nothing is deleted. Returns where it is now."""
+    (folder / QUARANTINE).mkdir(exist_ok=True)
+    target, count = folder / QUARANTINE / name, 1
+    while target.exists():
+        target, count = folder / QUARANTINE / f"{name}.{count}", count + 1
+    os.rename(folder / name, target)
+    return target
+
+
+# --- for people --------------------------------------------------------------------------------------------------
+
+
+def summary(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself; as much as can be read of a damaged one."""
+    try:
+        meta = json.loads((checkpoint / PROGRESS).read_bytes())
+        files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        return {
+            "step": meta["progress"]["step"],
+            "samples": meta["progress"]["next_sample"],
+            "loss": meta.get("loss"),
+            "world_size": meta["world_size"],
+            "zero_stage": meta["zero_stage"],
+            "saved": meta["saved"],
+            "files": len(files),
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+            "versions": meta["versions"],
+            "fingerprint": meta["data"]["fingerprint"],
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def find(path: Path) -> list[Path]:
+    """Every checkpoint at or below ``path`` (a checkpoint, its folder, a category's or a run's), oldest first."""
+    if STEP.fullmatch(path.name) or ((path / MANIFEST).is_file() and (path / PROGRESS).is_file()):
+        return [path]
+    found = [p for p in path.rglob("step-*") if p.is_dir() and STEP.fullmatch(p.name) and p.parent.name != QUARANTINE]
+    return sorted(found)
+
+
+def report(checkpoint: Path, verify: bool) -> dict[str, Any]:
+    """One checkpoint as JSON: its summary, its marks, and what is wrong with it (None: not looked at)."""
+    folder = checkpoint.parent
+    marks = [
+        mark for mark, name in (("latest", pointed_to(folder)), ("best", best_of(folder))) if name == checkpoint.name
+    ]
+    return {
+        "path": str(checkpoint),
+        "marks": marks,
+        **summary(checkpoint),
+        "problems": problems(checkpoint) if verify else None,
+    }
+
+
+def show(reports: Iterable[dict[str, Any]], console: Console) -> None:
+    """A table for people."""
+    table = Table("checkpoint", "samples", "loss", "ranks", "ZeRO", "files", "MiB", "saved", "state")
+    for entry in reports:
+        size, loss = entry.get("bytes"), entry.get("loss")
+        state = ", ".join(entry["marks"])
+        if entry["problems"] is not None:
+            state = f"[red]damaged[/red] {state}" if entry["problems"] else f"good {state}"
+        table.add_row(
+            entry["path"],
+            *(str(entry.get(key, "?")) for key in ("samples",)),
+            "" if loss is None else f"{loss:.4f}",
+            *(str(entry.get(key, "?")) for key in ("world_size", "zero_stage", "files")),
+            "?" if size is None else f"{size / 2**20:.1f}",
+            str(entry.get("saved", "?")),
+            state.strip(),
+        )
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m wads_dist.checkpoint``: exit code 0 all good, 3 something is damaged, 2 wrong usage or nothing there."""
+    parser = argparse.ArgumentParser(
+        prog="python -m wads_dist.checkpoint",
+        description="Show or verify training checkpoints. Exit code: 0 good, 3 damaged, 2 wrong usage or none there.",
+    )
+    parser.add_argument("command", choices=("inspect", "verify"), help="verify reads and hashes every file")
+    parser.add_argument("path", type=Path, help="a checkpoint, a folder of them, a category's folder or a run's")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    arguments = parser.parse_args(argv)
+    found = find(arguments.path)
+    if not found:
+        print(f"{arguments.path}: no checkpoint here (they are named step-00000000)", file=sys.stderr)
+        return USAGE
+    reports = [report(checkpoint, arguments.command == "verify") for checkpoint in found]
+    if arguments.json:
+        print(json.dumps(reports, indent=1))
+    else:
+        show(reports, Console())
+        for entry in reports:
+            for problem in entry["problems"] or ():
+                print(f"{entry['path']}: {problem}", file=sys.stderr)
+    return DAMAGED if any(entry["problems"] for entry in reports) else GOOD
