@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shards.errors import DataError
+from shards.errors import DataError, DataProblems
 from shards.images import load_image, mask_pixels
 from shards.manifest import CategoryManifest, Member, SampleEntry, ShardEntry
 from shards.source import Dataset
@@ -41,6 +41,34 @@ def verify(location: str | Path, categories: Sequence[str] | None = None) -> lis
         for found in pool.map(lambda job: _verify_shard(dataset, *job), jobs):
             problems += found
     return problems
+
+
+def open_category(location: str, category: str, cache: Path, *, decode_test: bool = False) -> Dataset:
+    """Open a data set to train on one of its categories, with every shard of that fetched and verified.
+
+    Args:
+        decode_test: decode the test images and masks too. A damaged one would otherwise be found after the training, whose
+            result could not be scored then; training images are decoded as they are read.
+
+    Raises:
+        DataProblems: names every damaged shard and, where that can be told, the samples.
+        DataError: there is no such data set or category.
+    """
+    dataset = Dataset.open(location, cache=cache)
+    manifest = dataset.manifest(category)
+    problems = _missing_masks(manifest)
+    for shard in manifest.shards:
+        try:
+            dataset.shard(category, shard)
+        except DataError as error:
+            # A damaged shard that was downloaded is not kept, so there is nothing to look into.
+            problems += [str(error)] if dataset.is_remote else _verify_shard(dataset, category, shard)
+            continue
+        if decode_test and any(sample.split == "test" for sample in shard.samples):
+            problems += _verify_shard(dataset, category, shard)
+    if problems:
+        raise DataProblems(problems)
+    return dataset
 
 
 def _missing_masks(manifest: CategoryManifest) -> list[str]:

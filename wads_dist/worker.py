@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from kernels.philox import shuffled
 from shards.source import Dataset
+from shards.verify import open_category
 from wads_dist import checkpoint
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, rank_samples
@@ -149,14 +150,6 @@ def initialise(config: Config) -> Ranks:
     return ranks
 
 
-def open_dataset(config: Config, location: str, category: str) -> Dataset:
-    """The data set, with the category's shards fetched (once a machine) and verified."""
-    dataset = Dataset.open(location, cache=config.data.cache)
-    for shard in dataset.manifest(category).shards:
-        dataset.shard(category, shard)
-    return dataset
-
-
 def train_category(config: Config, location: str, category: str, run: Path, stop: StopRequest, pulse: Pulse) -> None:
     """Trains, evaluates and records one category; resumes from its newest checkpoint.
 
@@ -164,7 +157,8 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
         PreemptedError: asked to stop; saved.
     """
     # Before the process group exists: a slow download must not run into its time-out.
-    dataset = open_dataset(config, location, category)
+    first = os.environ.get("RANK", "0") == "0"
+    dataset = open_category(location, category, config.data.cache, decode_test=first)
     ranks = initialise(config)
     folder = run / category
     folder.mkdir(parents=True, exist_ok=True)

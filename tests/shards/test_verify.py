@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from shards import DataError, Dataset, ShardEntry, build, verify
+from shards.errors import DataProblems
 from shards.files import sha256_file
 from shards.manifest import CategoryManifest, write_dataset_manifest
+from shards.verify import open_category
 
 SHARD = "nut/test-000000.tar"
 
@@ -128,3 +130,40 @@ def test_a_broken_manifest(out: Path) -> None:
     assert len(verify(out)) == 1 and "nut/manifest.json: not a usable manifest" in verify(out)[0]
     (out / "manifest.json").write_text("{}")
     assert "manifest.json: not a usable manifest" in verify(out)[0]
+
+
+def test_a_category_is_opened_only_if_all_its_shards_are_good(out: Path, tmp_path: Path) -> None:
+    assert open_category(str(out), "nut", tmp_path, decode_test=True).categories == ["nut"]
+    rewrite(out / SHARD, lambda name, data: None if name == "test/scratch/000.mask.png" else data)
+    with pytest.raises(DataProblems, match=r"test/scratch/000 is incomplete, test/scratch/000\.mask\.png is missing"):
+        open_category(str(out), "nut", tmp_path)
+
+
+def test_a_damaged_test_image_is_found_before_the_training(out: Path, tmp_path: Path) -> None:
+    rewrite(
+        out / SHARD,
+        lambda name, data: data[:200] + b"\xff" * (len(data) - 200) if name.endswith("good/001.png") else data,
+    )
+    reseal(out)
+    open_category(str(out), "nut", tmp_path)  # its hash is right
+    with pytest.raises(DataProblems, match=r"test/good/001\.png is truncated or unreadable"):
+        open_category(str(out), "nut", tmp_path, decode_test=True)
+
+
+def test_a_defect_without_mask_among_others_with_one_is_refused(out: Path, tmp_path: Path) -> None:
+    path = out / "nut/manifest.json"
+    manifest = CategoryManifest.model_validate_json(path.read_text())
+    shards = [
+        shard.model_copy(
+            update={
+                "samples": [
+                    s.model_copy(update={"mask": None}) if s.key.endswith("scratch/000") else s for s in shard.samples
+                ]
+            }
+        )
+        for shard in manifest.shards
+    ]
+    path.write_text(CategoryManifest.of("nut", "images", shards, manifest.plan).to_json())
+    write_dataset_manifest(out)
+    with pytest.raises(DataProblems, match="test/scratch/000 is a defect without mask"):
+        open_category(str(out), "nut", tmp_path)

@@ -16,13 +16,14 @@ torch.set_num_threads(1)
 
 
 class Samples:
-    """TrainingData's ``batch`` over seeded random images; the sample ids of ``bad`` come out as NaN."""
+    """TrainingData's ``batch`` over seeded random images; the sample ids of ``bad`` come out as NaN, those of ``loud`` with a
+    target so far off that their loss is more than a hundred times the others'."""
 
-    def __init__(self, config: Config, bad: frozenset[int] = frozenset()) -> None:
+    def __init__(self, config: Config, bad: frozenset[int] = frozenset(), loud: frozenset[int] = frozenset()) -> None:
         generator = torch.Generator().manual_seed(0)
         size = config.data.store_size
         self.images = torch.randint(0, 256, (6, 3, size, size), generator=generator, dtype=torch.uint8)
-        self.settings, self.seed, self.bad = synthesis_settings(config), config.trainer.seed, bad
+        self.settings, self.seed, self.bad, self.loud = synthesis_settings(config), config.trainer.seed, bad, loud
         self.backend = config.trainer.kernels
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
@@ -31,6 +32,8 @@ class Samples:
         for i, index in enumerate(sample.tolist()):
             if index in self.bad:
                 batch.anomalous[i] = float("nan")
+            if index in self.loud:
+                batch.clean[i] *= 300
         return batch
 
 
@@ -53,9 +56,11 @@ def join() -> Ranks:
     return Ranks.from_environment()
 
 
-def small_trainer(ranks: Ranks, *overrides: str, bad: frozenset[int] = frozenset()) -> Trainer:
+def small_trainer(
+    ranks: Ranks, *overrides: str, bad: frozenset[int] = frozenset(), loud: frozenset[int] = frozenset()
+) -> Trainer:
     config = small_config(*overrides)
-    trainer = Trainer(config, ranks, Samples(config, bad))  # type: ignore[arg-type]
+    trainer = Trainer(config, ranks, Samples(config, bad, loud))  # type: ignore[arg-type]
     for engine in trainer.both:
         engine.train()
     return trainer

@@ -1,4 +1,5 @@
-"""A batch with a NaN on one rank: no rank's engines step, and the next step is that of engines which never saw it."""
+"""A batch with a NaN, then one with a loss a hundred times the usual, each on one rank: no rank's engines step, and the next
+step is that of engines which never saw it."""
 
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import join, leave, small_trainer
 
 from wads_dist import engines
-from wads_dist.trainer import Trainer
+from wads_dist.trainer import Losses, Trainer
 
 
 def everything(trainer: Trainer) -> list[torch.Tensor]:
@@ -17,25 +18,52 @@ def everything(trainer: Trainer) -> list[torch.Tensor]:
     return [*state, *engines.full_state(trainer.d, {}).values()]
 
 
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def skip(hurt: Trainer, first: int, stage: str) -> Losses:
+    before = everything(hurt)
+    losses = hurt.step(first)
+    assert same(before, everything(hurt)), f"zero{stage} stepped"
+    assert hurt.progress.next_sample == first + 8
+    return losses
+
+
 def main() -> None:
     ranks = join()
+    last = ranks.world_size - 1
     for stage in sys.argv[1].split(","):
-        json = ["--trainer.deepspeed", f"configs/deepspeed/zero{stage}.json", "--trainer.micro_batch_size", sys.argv[2]]
-        # Samples 12 to 15 are the last rank's; the first of them is in its first micro-batch.
-        hurt = small_trainer(ranks, *json, bad=frozenset({12}))
-        whole = small_trainer(ranks, *json)
+        overrides = [
+            "--trainer.deepspeed",
+            f"configs/deepspeed/zero{stage}.json",
+            "--trainer.micro_batch_size",
+            sys.argv[2],
+        ]
+        overrides += ["--trainer.spike_window", "2"]
+        # Samples 12 to 15 and 28 to 31 are the last rank's; the first of them is in its first micro-batch.
+        hurt = small_trainer(ranks, *overrides, bad=frozenset({12}), loud=frozenset({28}))
+        whole = small_trainer(ranks, *overrides)
         for trainer in (hurt, whole):
             trainer.step(0)
-        before = everything(hurt)
-        hurt.step(8)
-        assert all(torch.equal(a, b) for a, b in zip(before, everything(hurt), strict=True)), f"zero{stage} stepped"
-        assert hurt.progress.rejected == 1 and hurt.progress.next_sample == 16
+        verdict = skip(hurt, 8, stage).verdict
+        assert verdict is not None and (verdict.rejected, verdict.ranks) == ("not finite", (last,)), verdict
         for trainer in (hurt, whole):
             trainer.step(16)
-        same = all(torch.equal(a, b) for a, b in zip(everything(hurt), everything(whole), strict=True))
-        assert same, f"zero{stage}: the rejected batch left something behind"
+        assert same(everything(hurt), everything(whole)), f"zero{stage}: the NaN left something behind"
+        verdict = skip(hurt, 24, stage).verdict
+        assert verdict is not None and (verdict.rejected, verdict.ranks) == ("spike", (last,)), verdict
+        times = verdict.loss / hurt.progress.recent[-1]
+        assert times > 100, times
+        for trainer in (hurt, whole):
+            trainer.step(32)
+        assert same(everything(hurt), everything(whole)), f"zero{stage}: the spike left something behind"
+        assert (hurt.progress.rejected, hurt.progress.spikes, whole.progress.rejected) == (2, 1, 0)
         if ranks.is_first:
-            print(f"zero{stage}: rejected on all ranks, nothing left behind", flush=True)
+            print(
+                f"zero{stage}: NaN and a spike of {times:.0f} times rejected on all ranks, nothing left behind",
+                flush=True,
+            )
     leave()
 
 
