@@ -69,3 +69,18 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "shards"
     demo(out, categories=2, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def unbroken(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two ranks that nothing happens to, with which those that were broken off are compared."""
+    from tests.wads_dist.faults.launching import command, launched, summary
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    run = folder / "run"
+    with launched(run, command(demo_shards, run), folder / "log") as start:
+        code, seconds = start.ended(600)
+        assert code == 0, start.text()[-3000:]
+    assert summary(run)["complete"]
+    print(f"unbroken run: two ranks, {seconds:.0f} s")
+    return run

@@ -96,15 +96,15 @@ def test_a_missing_shard(out: Path) -> None:
     assert [problem.split(": ", 1)[1].split(";")[0] for problem in verify(out)] == ["missing"]
 
 
-def reseal(out: Path) -> None:
+def reseal(out: Path, category: str = "nut") -> None:
     """Make the manifests agree with the changed shards again, as a foreign tool that rewrites both might."""
-    path = out / "nut/manifest.json"
+    path = out / category / "manifest.json"
     manifest = CategoryManifest.model_validate_json(path.read_text())
     shards: list[ShardEntry] = []
     for shard in manifest.shards:
-        tar = out / "nut" / shard.name
+        tar = out / category / shard.name
         shards.append(shard.model_copy(update={"sha256": sha256_file(tar), "bytes": tar.stat().st_size}))
-    path.write_text(CategoryManifest.of("nut", "images", shards, manifest.plan).to_json())
+    path.write_text(CategoryManifest.of(category, "images", shards, manifest.plan).to_json())
     write_dataset_manifest(out)
 
 
