@@ -12,7 +12,9 @@ namespace {
 
 constexpr int WINDOW = 11, BORDER = WINDOW - 1;
 constexpr float C1 = 0.01 * 0.01, C2 = 0.03 * 0.03;
+// Rows of tiles are computed whole, whatever part of them is in the image, so that loops have constant lengths and no tails.
 constexpr int TILE_ROWS = 32, TILE_COLUMNS = 64, PITCH = TILE_COLUMNS + 16;
+using Row = float[PITCH];
 
 struct Settings {  // mirrors kernels/native.py; every field has 8 bytes
     int64_t images, channels, height, width;
@@ -54,18 +56,22 @@ inline float blur(const float* row, int64_t stride) {
 // ---- Reconstruction: SSIM and L2 (Eq 3.2) --------------------------------------------------------------------------------
 
 // One thread's memory: copies of the planes of x and X̂ where those are not contiguous, and the three maps of the gradient
-// with a border of zeros, so that the adjoint of a valid blur is a valid blur (its taps are symmetric).
+// with a border of zeros, so that the adjoint of a valid blur is a valid blur (its taps are symmetric). All of it, and each row
+// of the maps, starts at a multiple of 64 bytes.
 struct Scratch {
     float *x, *y, *maps[3];
     int64_t pitch;  // of the maps
 
+    static int64_t rounded(int64_t floats) { return (floats + 15) / 16 * 16; }
     static int64_t floats(int64_t height, int64_t width) {
-        return 2 * height * width + 3 * (height + BORDER) * (width + BORDER);
+        // Rows are read a little past the end of the last map.
+        return 2 * rounded(height * width) + 3 * (height + BORDER) * rounded(width + BORDER) + PITCH;
     }
-    Scratch(float* memory, int64_t height, int64_t width) : x(memory), y(x + height * width), pitch(width + BORDER) {
-        const int64_t map = (height + BORDER) * pitch;
-        for (int m = 0; m < 3; ++m) maps[m] = y + height * width + m * map;
-        std::memset(maps[0], 0, 3 * map * sizeof(float));
+    Scratch(float* memory, int64_t height, int64_t width) : x(memory), pitch(rounded(width + BORDER)) {
+        const int64_t plane = rounded(height * width), map = (height + BORDER) * pitch;
+        y = x + plane;
+        for (int m = 0; m < 3; ++m) maps[m] = y + plane + m * map;
+        std::memset(maps[0], 0, (3 * map + PITCH) * sizeof(float));
     }
 };
 
@@ -109,7 +115,7 @@ Plane measure(const float* x, const float* y, int64_t height, int64_t width) {
 // Leaves the maps that ``gradient`` needs.
 template <bool gradients>
 double dissimilarity(const Plane& p, Scratch& scratch) {
-    float s[TILE_ROWS + BORDER][PITCH], d[TILE_ROWS + BORDER][PITCH], blurred[4][PITCH], row[TILE_COLUMNS];
+    alignas(64) Row s[TILE_ROWS + BORDER] = {}, d[TILE_ROWS + BORDER] = {}, blurred[4], lost, q[3];
     double total = 0;
     for (int64_t top = 0; top < p.height - BORDER; top += TILE_ROWS)
         for (int64_t left = 0; left < p.width - BORDER; left += TILE_COLUMNS) {
@@ -134,7 +140,7 @@ double dissimilarity(const Plane& p, Scratch& scratch) {
 
             for (int i = 0; i < rows; ++i) {
 #pragma omp simd
-                for (int j = 0; j < columns + BORDER; ++j) {
+                for (int j = 0; j < PITCH; ++j) {
                     float mean_s = 0, mean_d = 0, square_s = 0, square_d = 0;
 #pragma GCC unroll 11
                     for (int k = 0; k < WINDOW; ++k) {
@@ -144,10 +150,8 @@ double dissimilarity(const Plane& p, Scratch& scratch) {
                     }
                     blurred[0][j] = mean_s, blurred[1][j] = mean_d, blurred[2][j] = square_s, blurred[3][j] = square_d;
                 }
-                const int64_t at = (top + i + BORDER) * scratch.pitch + left + BORDER;
-                float *q = scratch.maps[0] + at, *q_s = scratch.maps[1] + at, *q_d = scratch.maps[2] + at;
 #pragma omp simd
-                for (int j = 0; j < columns; ++j) {
+                for (int j = 0; j < TILE_COLUMNS; ++j) {
                     const float mean_s = blur(blurred[0] + j, 1), mean_d = blur(blurred[1] + j, 1);
                     const float var_s = blur(blurred[2] + j, 1) - mean_s * mean_s;
                     const float var_d = blur(blurred[3] + j, 1) - mean_d * mean_d;
@@ -156,17 +160,19 @@ double dissimilarity(const Plane& p, Scratch& scratch) {
                     const float by_means = delta / (mu_x * mu_x + mu_y * mu_y + C1);
                     const float by_spread = 1 / ((var_s + var_d) / 2 + C2);
                     const float l = 1 - delta * by_means, c = 1 - var_d * by_spread;
-                    row[j] = delta * by_means + l * var_d * by_spread;
+                    lost[j] = delta * by_means + l * var_d * by_spread;
                     if constexpr (gradients) {
                         const float by_s = l * var_d * by_spread * by_spread, by_d = l * (1 + c) * by_spread;
-                        q[j] = 2 * by_means * (1 + mu_y * by_means) * c - (mean_s + shift_s) * by_s
-                             - (mean_d + shift_d) * by_d;
-                        q_s[j] = by_s, q_d[j] = by_d;
+                        q[0][j] = 2 * by_means * (1 + mu_y * by_means) * c - (mean_s + shift_s) * by_s
+                                - (mean_d + shift_d) * by_d;
+                        q[1][j] = by_s, q[2][j] = by_d;
                     }
                 }
+                const int64_t at = (top + i + BORDER) * scratch.pitch + left + BORDER;
+                for (int m = 0; gradients && m < 3; ++m) std::memcpy(scratch.maps[m] + at, q[m], columns * sizeof(float));
                 float row_total = 0;
 #pragma omp simd reduction(+ : row_total)
-                for (int j = 0; j < columns; ++j) row_total += row[j];
+                for (int j = 0; j < columns; ++j) row_total += lost[j];
                 total += row_total;
             }
         }
@@ -178,22 +184,22 @@ double dissimilarity(const Plane& p, Scratch& scratch) {
 //     q_s = 2 ∂SSIM/∂var s = l (1 − c)/(V + C2),   q_d = −2 ∂SSIM/∂var d = l (1 + c)/(V + C2)
 //     q   = ∂SSIM/∂μ_y − μ_s q_s − μ_d q_d,        ∂l/∂μ_y = 2 (δ + μ_y (1 − l))/(μ_x² + μ_y² + C1)
 void gradient(const Plane& p, const Scratch& scratch, float w_ssim, float w_l2, float* out, int64_t stride) {
-    float blurred[3][PITCH], row[TILE_COLUMNS];
+    alignas(64) Row blurred[3], q[3], row;
     for (int64_t left = 0; left < p.width; left += TILE_COLUMNS) {
         const int columns = int(std::min<int64_t>(TILE_COLUMNS, p.width - left));
         for (int64_t i = 0; i < p.height; ++i) {
             for (int m = 0; m < 3; ++m) {
                 const float* map = scratch.maps[m] + i * scratch.pitch + left;
 #pragma omp simd
-                for (int j = 0; j < columns + BORDER; ++j) blurred[m][j] = blur(map + j, scratch.pitch);
+                for (int j = 0; j < PITCH; ++j) blurred[m][j] = blur(map + j, scratch.pitch);
+#pragma omp simd
+                for (int j = 0; j < TILE_COLUMNS; ++j) q[m][j] = blur(blurred[m] + j, 1);
             }
             const float *x = p.x + i * p.width + left, *y = p.y + i * p.width + left;
 #pragma omp simd
             for (int j = 0; j < columns; ++j) {
                 const float a = x[j] - p.centre_x, b = y[j] - p.centre_y;
-                const float q = blur(blurred[0] + j, 1), q_s = blur(blurred[1] + j, 1), q_d = blur(blurred[2] + j, 1);
-                const float by_ssim = fma(a + b, q_s, fma(a - b, q_d, q));
-                row[j] = w_ssim * by_ssim + w_l2 * (y[j] - x[j]);
+                row[j] = w_ssim * fma(a + b, q[1][j], fma(a - b, q[2][j], q[0][j])) + w_l2 * (y[j] - x[j]);
             }
             float* to = out + (i * p.width + left) * stride;
             if (stride == 1)
@@ -251,7 +257,7 @@ struct Area {
     Area(const float* z, int64_t pixels) {
         float low = z[0], high = z[0];
 #pragma omp simd reduction(min : low) reduction(max : high)
-        for (int64_t i = 0; i < pixels; ++i) low = std::min(low, z[i]), high = std::max(high, z[i]);
+        for (int64_t i = 0; i < pixels; ++i) low = z[i] < low ? z[i] : low, high = z[i] > high ? z[i] : high;
         a_p = std::min(high + 60, 0.0f), a_q = std::max(low - 60, 0.0f);
     }
     float p(float z) const { return sigmoid(z - a_p); }
