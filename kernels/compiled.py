@@ -48,8 +48,8 @@ CLASSES = {
 class KernelSpec:
     """One kernel as it would be compiled for one call.
 
-    ``signature`` has the type of every argument that is no constexpr: ``*fp32``, ``i32``, ``fp32``, and ``i32:16`` for an integer
-    known to be a multiple of 16, as Triton notices at a launch. Pointers are taken to be aligned to 16 bytes, as torch's are.
+    ``signature`` has the type of every argument that is no constexpr: ``*fp32``, ``i32``, ``fp32``, and ``i32:16`` for an
+    integer known to be a multiple of 16, as Triton notices at a launch. Pointers count as aligned to 16 bytes, as torch's are.
     """
 
     name: str
@@ -101,7 +101,7 @@ def compile_report() -> Iterator[CompiledKernel]:
     for name in MODULES:
         if find_spec(name) is None:
             continue
-        for spec in getattr(import_module(name), "compile_specs", list)():
+        for spec in import_module(name).compile_specs():
             for target in TARGETS:
                 yield compile_spec(spec, target)
 

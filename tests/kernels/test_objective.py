@@ -8,6 +8,7 @@ from pytorch_msssim import ssim as msssim_ssim
 from skimage.metrics import structural_similarity
 from torchvision.ops import sigmoid_focal_loss
 
+from kernels.backend import Backend
 from kernels.objective import ObjectiveWeights, focal_loss, objective, sparsity_kl, ssim
 
 
@@ -110,6 +111,7 @@ def test_total_is_the_weighted_sum_and_differentiable() -> None:
     assert torch.autograd.gradcheck(
         lambda y, z: objective(x[:1, :, :12, :12], y, z, mask[:1, :, :12, :12], weights).total,
         (y[:1, :, :12, :12].detach().requires_grad_(), logits[:1, :, :12, :12].detach().requires_grad_()),
+        fast_mode=True,
     )
 
 
@@ -119,3 +121,80 @@ def test_nan_in_nan_out() -> None:
     logits = torch.zeros(1, 1, 16, 16)
     terms = objective(x, y, logits, logits, ObjectiveWeights())
     assert terms.total.isnan() and terms.dissimilarity.isnan() and terms.mse.isnan()
+
+
+def segmented(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, X̂, logits, mask in float32, of which X̂ and logits want a gradient."""
+    x, y = pair(shape, torch.float32)
+    n, _, height, width = shape
+    logits = torch.randn(n, 1, height, width, generator=torch.Generator().manual_seed(1))
+    return x, y.requires_grad_(), logits.requires_grad_(), (logits.detach() > 1).to(torch.uint8)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_terms_per_image_are_those_of_each_image_alone(backend: Backend) -> None:
+    x, y, logits, mask = segmented((3, 3, 16, 20))
+    terms = objective(x, y, logits, mask, ObjectiveWeights(), backend)
+    means = torch.stack([terms.dissimilarity, terms.mse, terms.focal, terms.kl])
+    assert torch.allclose(terms.per_image.mean(1), means) and not terms.per_image.requires_grad
+    for n in range(3):
+        one = slice(n, n + 1)
+        alone = objective(x[one], y[one], logits[one], mask[one], ObjectiveWeights(), backend)
+        assert torch.allclose(alone.per_image[:, 0], terms.per_image[:, n], rtol=1e-6, atol=1e-7)
+
+
+def test_on_a_cpu_auto_is_native_and_float64_the_reference() -> None:
+    x, y, logits, mask = segmented((2, 3, 16, 16))
+    ours, native = objective(x, y, logits, mask), objective(x, y, logits, mask, backend="native")
+    assert torch.equal(ours.per_image, native.per_image)
+    doubles = (x.double(), y.double(), logits.double(), mask)
+    assert objective(*doubles).total.dtype == torch.float64
+    assert torch.equal(objective(*doubles).total, objective(*doubles, backend="torch").total)
+
+
+def test_the_native_gradient_scales_and_backward_may_come_twice() -> None:
+    x, y, logits, mask = segmented((2, 3, 16, 16))
+    once = torch.autograd.grad(objective(x, y, logits, mask).total, (y, logits))
+    total = objective(x, y, logits, mask).total
+    for scale in (1.0, 4096.0, 0.25):  # powers of two: exact
+        again = torch.autograd.grad(total, (y, logits), torch.tensor(scale), retain_graph=True)
+        assert torch.equal(again[0], scale * once[0]) and torch.equal(again[1], scale * once[1])
+
+
+@pytest.mark.parametrize("fixed", ["reconstruction", "logits", "both"])
+def test_only_what_wants_a_gradient_gets_one(fixed: str) -> None:
+    x, y, logits, mask = segmented((1, 3, 16, 16))
+    y.requires_grad_(fixed == "logits")
+    logits.requires_grad_(fixed == "reconstruction")
+    total = objective(x, y, logits, mask).total
+    assert total.requires_grad == (fixed != "both")
+    if fixed != "both":
+        total.backward()
+        assert (y.grad is None) == (fixed == "reconstruction") and (logits.grad is None) == (fixed == "logits")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_native_operator_keeps_pytorchs_rules(layout: torch.memory_format) -> None:
+    x, y, logits, mask = segmented((2, 3, 12, 16))
+    y = y.detach().to(memory_format=layout).requires_grad_()
+    numbers = [20.0, 1.0, 1.0, 1.0, 2.0, 0.01, 0.1]
+    torch.library.opcheck(torch.ops.wads.objective.default, (x, y, logits, mask, numbers, False, "native", True))
+
+
+def test_it_compiles_into_one_graph() -> None:
+    x, y, logits, mask = segmented((2, 3, 16, 16))
+    eager = objective(x, y, logits, mask)
+    expected = torch.autograd.grad(eager.total, (y, logits))
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    terms = compiled(x, y, logits, mask)
+    terms.total.backward()
+    assert torch.equal(terms.total, eager.total) and torch.equal(terms.per_image, eager.per_image)
+    assert torch.equal(y.grad, expected[0]) and torch.equal(logits.grad, expected[1])  # type: ignore[arg-type]
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    x, y, logits, mask = segmented((1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"logits and mask \[N, 1, H, W\]; got .*\[1, 1, 16, 15\]"):
+        objective(x, y, logits[..., 1:], mask)
+    with pytest.raises(ValueError, match="at least 11x11"):
+        objective(x[..., :10], y[..., :10], logits[..., :10], mask[..., :10])

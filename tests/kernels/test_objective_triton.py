@@ -196,6 +196,19 @@ def test_memory_formats_and_mask_types_give_the_same_bits() -> None:
 
 
 @pytest.mark.interpreter
+def test_nothing_is_read_before_it_is_written() -> None:
+    batch = inputs((1, 1, 11, 12))
+    terms, *gradients = run(batch)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        again, *others = run(batch)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(again.per_image, terms.per_image)
+    assert torch.equal(others[0], gradients[0]) and torch.equal(others[1], gradients[1])
+
+
+@pytest.mark.interpreter
 def test_without_gradients_the_terms_are_the_same() -> None:
     batch = inputs((1, 1, 11, 12))
     with torch.no_grad():
