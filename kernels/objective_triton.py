@@ -51,6 +51,8 @@ LOG_CLAMP = tl.constexpr(math.log(1e-12))
 LOWEST = tl.constexpr(-(2.0**100))  # stands for log 0: its differences are finite, their exponentials zero
 STAGED = tl.constexpr(5)  # rows in a scratch buffer: s, d, and the three that the gradient blurs
 
+# What may change from call to call without another compilation.
+COUNTS = "images channels strips bands rows blocks blocks_per_image tiles_per_image elementwise_blocks".split()
 LANES = 64 if torch.version.hip else 32
 MASK_BLOCK, MASK_STEP = 1024, 256
 BACKWARD_BLOCK = 1024
@@ -337,7 +339,7 @@ def _mask_block(
         tl.store(partials + 2 * blocks + block, _log_of_sums(sum_q, most_q, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def objective_forward_kernel(
     x, y, dy, logits, mask, scratch, tile_partials, block_partials,
     images, channels, height, width, strips, bands, rows, blocks, blocks_per_image,
@@ -371,7 +373,7 @@ def objective_forward_kernel(
 # --- launch 2: from partial sums to terms ----------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def objective_reduce_kernel(
     tile_partials, block_partials, per_image, means, total, log_areas,
     images, channels, height, width, tiles_per_image, blocks_per_image,
@@ -453,7 +455,7 @@ def objective_reduce_kernel(
 # --- launch 3: backward ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def objective_backward_kernel(
     upstream, saved_dy, dy, logits, mask, log_areas, dlogits,
     elements, elementwise_blocks, blocks_per_image, images, pixels,
@@ -627,8 +629,8 @@ def compile_specs() -> list[KernelSpec]:
 
     kinds = {name: "*bf16" for name in ("saved_dy", "dy", "logits", "dlogits")}
     kinds |= {"upstream": "*fp32", "mask": "*u8", "log_areas": "*fp32"}
-    kinds |= {name: "i32:16" for name in ("elements", "elementwise_blocks", "pixels")}
-    kinds |= {name: "i32" for name in ("blocks_per_image", "images")}
+    kinds |= {name: "i32:16" for name in ("elements", "pixels")}
+    kinds |= {name: "i32" for name in ("elementwise_blocks", "blocks_per_image", "images")}
     kinds |= {name: "fp32" for name in ("focal_weight", "gamma", "kl_weight", "rho")}
     constants = {"PIXEL_KL": False, "REAL": tl.float32, "BLOCK": BACKWARD_BLOCK}
     specs.append(KernelSpec("objective_backward bf16", objective_backward_kernel, kinds, constants, num_warps=4))
