@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+import kernels.objective
 from kernels.objective import SIGMA, WINDOW, ObjectiveWeights, objective, sparsity_kl
 from kernels.synthesis import SynthesisSettings, synthesise, whole_images
 
@@ -108,7 +110,7 @@ class Implementation:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     devices: tuple[str, ...] = ("cpu", "cuda")
     waits: bool = False
-    """Whether it waits for the device in its midst, so that no CUDA graph can hold it."""
+    """Whether the host takes part in its midst (a copy, a size that depends on data), so that no CUDA graph can hold it."""
 
     def missing(self) -> list[str]:
         return [name for name in self.packages if version(name) is None]
@@ -153,8 +155,20 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled_objective(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-    total: Tensor = _compiled(objective)(x, y, logits, mask, WEIGHTS, backend="torch").total
+    # Dynamo looks through lru_cache: compiled code would make the blurs' matrices on the host at every call, and copy them.
+    for length in x.shape[-2:]:
+        _BANDS[length, x.device] = _make_band(length, torch.float32, x.device)
+    with mock.patch.object(kernels.objective, "_gaussian_band", _known_band):
+        total: Tensor = _compiled(objective)(x, y, logits, mask, WEIGHTS, backend="torch").total
     return total
+
+
+_BANDS: dict[tuple[int, torch.device], Tensor] = {}
+_make_band = kernels.objective._gaussian_band
+
+
+def _known_band(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _BANDS[length, device]
 
 
 def _dissimilarity(similarity: Tensor) -> Tensor:
@@ -187,7 +201,15 @@ def _fused_ssim(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
 def _pytorch_msssim(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     from pytorch_msssim import ssim
 
-    return _dissimilarity(ssim(y, x, data_range=1.0, win_size=WINDOW, win_sigma=SIGMA))
+    return _dissimilarity(ssim(y, x, data_range=1.0, win=_window(x.shape[1], x.dtype, x.device)))
+
+
+@functools.cache
+def _window(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """pytorch-msssim's own window, which it would otherwise make on the host and copy at every call."""
+    from pytorch_msssim.ssim import _fspecial_gauss_1d
+
+    return _fspecial_gauss_1d(WINDOW, SIGMA).repeat(channels, 1, 1, 1).to(device, dtype)
 
 
 def _torchvision(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
@@ -289,7 +311,7 @@ IMPLEMENTATIONS = (
     _objective("torch", _ours("torch")),
     _objective("torch.compile", _compiled_objective),
     _objective("pytorch-msssim + torchvision", _from_parts, packages=("pytorch-msssim", "torchvision"), **_FP32),
-    _objective("kornia", _kornia, ("ssim", "mse", "focal"), packages=("kornia",), **_FP32),
+    _objective("kornia", _kornia, ("ssim", "mse", "focal"), packages=("kornia",), waits=True, **_FP32),
     _objective("fussim", _dense(_fussim), ("ssim",), packages=("fussim",), dtypes=("fp32", "fp16"), **_GPU),
     _objective("fused-ssim", _dense(_fused_ssim), ("ssim",), packages=("fused-ssim",), **_FP32, **_GPU),
     _objective("pytorch-msssim", _pytorch_msssim, ("ssim",), packages=("pytorch-msssim",), **_FP32),

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,37 +123,43 @@ def measure(
     """
     torch.compiler.reset()  # past a few shapes torch.compile would silently run eagerly
     sets = [case.inputs(seed) for seed in range(cold_sets(bytes_and_operations(case)[0], case.device))]
-    clocks: dict[str, Clock] = {}
+    clocks: dict[tuple[str, str], Clock] = {}
     errors: dict[str, str] = {}
     for implementation in implementations:
         try:
-            if case.device.type == "cuda" and not implementation.waits:
-                calls = [implementation.prepare(case, inputs) for inputs in sets]
-                clocks[f"{implementation.name} warm"] = graph_clock(calls[:1])
-                if len(calls) > 1:
-                    clocks[f"{implementation.name} cold"] = graph_clock(calls)
-            else:
-                clocks[f"{implementation.name} warm"] = host_clock(implementation.prepare(case, sets[0]), case.device)
+            made = _clocks(implementation, case, sets)
+            clocks |= {(implementation.name, kind): clock for kind, clock in made.items()}
         except Exception as error:  # a peer's failure is a result, and the others' numbers are still wanted
             errors[implementation.name] = f"{type(error).__name__}: {error}".splitlines()[0]
     medians = take_turns(clocks, seconds)
     return [
-        _result(case, i, device, medians.get(f"{i.name} warm"), medians.get(f"{i.name} cold"), errors.get(i.name))
+        _result(case, i, device, {kind: t for (name, kind), t in medians.items() if name == i.name}, errors.get(i.name))
         for i in implementations
     ]
+
+
+def _clocks(implementation: Implementation, case: Case, sets: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, Clock]:
+    """``warm`` and, if there are several sets of inputs, ``cold``: of a graph. ``host`` where there is none."""
+    if case.device.type == "cuda" and not implementation.waits:
+        calls = [implementation.prepare(case, inputs) for inputs in sets]
+        try:
+            warm = graph_clock(calls[:1])
+            return {"warm": warm, "cold": graph_clock(calls)} if len(calls) > 1 else {"warm": warm}
+        except RuntimeError:  # another version of a peer may wait after all; what fails as such raises again
+            torch.cuda.synchronize()
+    return {"host": host_clock(implementation.prepare(case, sets[0]), case.device)}
 
 
 def _result(
     case: Case,
     implementation: Implementation,
     device: Device,
-    warm: float | None,
-    cold: float | None,
+    medians: Mapping[str, float],
     error: str | None,
 ) -> dict[str, Any]:
     moved, operations = bytes_and_operations(case, implementation.terms)
     memory, arithmetic = moved / device.copy_gbps / 1e3, operations / device.peak_gops / 1e3
-    median = warm if cold is None else cold
+    median = next((medians[kind] for kind in ("cold", "warm", "host") if kind in medians), None)
     gbps = moved / median / 1e3 if median else None
     result: dict[str, Any] = {
         "kernel": case.kernel,
@@ -162,9 +168,9 @@ def _result(
         "dtype": case.dtype,
         "pass": case.passes,
         "median_us": median,
-        "cold_us": cold,
-        "warm_us": warm,
-        "clock": "graph" if case.device.type == "cuda" and not implementation.waits else "host",
+        "cold_us": medians.get("cold"),
+        "warm_us": medians.get("warm"),
+        "clock": "host" if "host" in medians else "graph",
         "bytes": round(moved),
         "operations": round(operations),
         "gbps": gbps,

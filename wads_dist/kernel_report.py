@@ -66,12 +66,14 @@ def _factor(ratio: float) -> str:
 
 def result_tables(results: Sequence[Result], device: Device) -> Iterator[Table]:
     """A table per kernel and shape, in it a section per type and pass, in that a row per implementation."""
+    warm = any(r["warm_us"] is not None for r in results)
     caption = (
         f"{device.name}: a copy moves {device.copy_gbps:,.0f} GB/s; fp32 peak {device.peak_gops:,.0f} G operations/s "
         f"({device.peak}). Of copy, of roof: of the time that the fewest bytes take at the copy's rate, and of that or of the "
         "operations' time at peak, whichever is longer. Slower: than the first row of the section."
+        + " Host: not a CUDA graph, timed by the host's clock."
+        * warm
     )
-    warm = any(r["cold_us"] is not None for r in results)
     groups = [(key, list(rows)) for key, rows in itertools.groupby(results, lambda r: (r["kernel"], r["shape"]))]
     for (kernel, shape), rows in groups:
         last = rows is groups[-1][1]
@@ -100,7 +102,7 @@ def _add_section(table: Table, name: str, rows: Sequence[Result], warm: bool) ->
         if "error" in r:
             table.add_row(_label(r), "failed", style="red")
             continue
-        times = [_number(r["median_us"])] + [_number(r["warm_us"])] * warm
+        times = [_number(r["median_us"])] + ["host" if r["warm_us"] is None else _number(r["warm_us"])] * warm
         fractions = [_percent(r["copy_fraction"]), _percent(r["fraction_of_roof"])]
         table.add_row(_label(r), *times, _number(r["gbps"]), *fractions, _factor(r["median_us"] / fastest))
 

@@ -11,10 +11,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Name = TypeVar("Name")
 Call = Callable[[], Any]
 Clock = Callable[[], float]
 """Times some calls and returns the microseconds that one took."""
@@ -82,9 +83,9 @@ def graph_clock(sets: Sequence[Call]) -> Clock:
     return read
 
 
-def take_turns(clocks: Mapping[str, Clock], seconds: float) -> dict[str, float]:
+def take_turns(clocks: Mapping[Name, Clock], seconds: float) -> dict[Name, float]:
     """The median reading of each clock, ``seconds`` of readings per clock on average and at least five."""
-    readings: dict[str, list[float]] = {name: [] for name in clocks}
+    readings: dict[Name, list[float]] = {name: [] for name in clocks}
     end, rounds = time.perf_counter() + seconds * len(clocks), 0
     while rounds < ROUNDS or time.perf_counter() < end:
         for name, clock in clocks.items():

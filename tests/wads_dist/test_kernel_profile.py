@@ -254,8 +254,9 @@ def gpu_like(batches: tuple[int, ...] = (64, 256)) -> list[dict[str, Any]]:
     options = kernel_profile.Options(CPU, batches, dtypes=tuple(DTYPES))
     for c in cases(options):
         for k, i in enumerate(x for x in IMPLEMENTATIONS if x.kernel == c.kernel and c.dtype in x.dtypes):
-            times = (None, None) if i.name == "kornia" else (8 * 2.5**k, None if i.waits else 9 * 2.5**k)
-            results.append(kernel_profile._result(c, i, DEVICE, *times, "boom" if i.name == "kornia" else None))
+            times = {"host": 9 * 2.5**k} if i.waits else {"warm": 8 * 2.5**k, "cold": 9 * 2.5**k}
+            broken = i.name == "fused-ssim"
+            results.append(kernel_profile._result(c, i, DEVICE, {} if broken else times, "boom" if broken else None))
     return results
 
 
@@ -343,4 +344,4 @@ def test_on_a_gpu_everything_of_ours_is_measured_cold_and_warm(tmp_path: Path) -
     graphs = [r for r in report["results"] if r["clock"] == "graph"]
     assert {r["implementation"] for r in graphs} >= {"triton", "torch"}
     assert all(r["warm_us"] > 0 and 0 < r["cold_us"] == r["median_us"] for r in graphs)
-    assert all(r["fraction_of_roof"] < 1.1 for r in report["results"])
+    assert all(r["gbps"] > 0 for r in report["results"])
