@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wads_dist.entry import main
+from wads_dist.entry import leave, main
 from wads_dist.run import train_run
 
 if __name__ == "__main__":
-    sys.exit(main(train_run))
+    leave(main(train_run))

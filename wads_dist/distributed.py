@@ -49,9 +49,10 @@ class Ranks:
         """``row`` ([K] on the device) of every rank, in rank order, on every rank. One collective, one host synchronisation."""
         if self.world_size == 1:
             return [row.tolist()]
-        rows = row.new_empty(self.world_size * len(row))
-        dist.all_gather_into_tensor(rows, row)
-        return rows.view(self.world_size, -1).tolist()
+        rows = row.new_zeros(self.world_size, len(row))
+        rows[self.rank] = row
+        dist.all_reduce(rows)  # each entry is one rank's number and zeros
+        return rows.tolist()
 
     def gather(self, value: T) -> list[T]:
         """``value`` of every rank, in rank order, on every rank."""

@@ -1,8 +1,10 @@
 """What every command under ``launch/`` does around its one function: read the settings, and turn errors into exit codes."""
 
+import contextlib
 import importlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +27,15 @@ def check_checkout() -> None:
                 f"the package {name!r} was imported from {found}, not from this checkout ({REPOSITORY / name}): another "
                 f"installed package has its name. Uninstall it, or take it off PYTHONPATH."
             )
+
+
+def leave(status: int) -> None:
+    """Ends the process without the interpreter's teardown, in which threads of torch may wait for ranks that are gone, or
+    abort because of them."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -4,6 +4,7 @@ One collective a step carries all that must be agreed on: finiteness, the loss, 
 rank's own part took. Every rank then judges the same rows and comes to the same verdict.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Report(NamedTuple):
     finite: float
     """1 if this rank's losses and gradients are all finite."""
     loss: float
-    """The total loss of generator and segmenter, averaged over the rank's micro-batches."""
+    """The total loss of generator and segmenter, averaged over the rank's micro-batches; not finite if any loss is not."""
     stop: float
     save: float
     seconds: float
@@ -67,6 +68,8 @@ def judge(reports: Sequence[Report], threshold: float) -> Verdict:
     rejected, guilty = None, [rank for rank, r in enumerate(reports) if not r.finite]
     if guilty:
         rejected = NOT_FINITE
+        # Gradients are averaged over ranks by now, so that one rank's NaN is in all of them; its loss tells whose it was.
+        guilty = [rank for rank, r in enumerate(reports) if not math.isfinite(r.loss)] or guilty
     elif loss > threshold:
         rejected = SPIKE
         guilty = [rank for rank, r in enumerate(reports) if r.loss > threshold]

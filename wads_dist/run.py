@@ -93,6 +93,7 @@ def train_run(config: Config) -> int:
             outcome = train_categories(config, launch, stop, held)
             launch.leave()
     except BaseException as error:
+        stop.leaving = True
         launch.leave_early(error)
         raise
     return outcome.status

@@ -30,6 +30,8 @@ class StopRequest:
     def __init__(self, end: Callable[[ExitCode], None]) -> None:
         self.end = end
         self.requested = False
+        self.leaving = False
+        """On the way out: a signal more must not break off what is said to the other ranks."""
         self._since = 0.0
         self._deferring = False
 
@@ -44,6 +46,8 @@ class StopRequest:
 
     def receive(self, signum: int) -> None:
         now = time.monotonic()
+        if self.leaving:
+            return
         if signum == signal.SIGINT:
             self.end(ExitCode.INTERRUPTED)
         elif not self._deferring:

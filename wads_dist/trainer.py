@@ -217,11 +217,12 @@ class Trainer:
     def _agree(self, losses: Losses, grads: list[Tensor], seconds: float) -> Verdict:
         """The step's only collective of our own."""
         total = losses.values["total"]
-        finite = engines.finite(grads) & torch.isfinite(total + losses.values["discriminator"])
+        finite_losses = torch.isfinite(total + losses.values["discriminator"])
         wants = self.requests()
         report = Report(0.0, 0.0, wants.stop, wants.save, seconds)
         row = torch.tensor(report, dtype=torch.float64).to(total.device)
-        row[0], row[1] = finite, total / losses.count
+        row[0] = engines.finite(grads) & finite_losses
+        row[1] = torch.where(finite_losses, total / losses.count, math.nan)
         reports = [Report(*r) for r in self.ranks.gather_rows(row)]
         return guards.judge(reports, self._spike_threshold())
 

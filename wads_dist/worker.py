@@ -29,6 +29,7 @@ from wads_dist import checkpoint
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, rank_samples
 from wads_dist.distributed import Ranks
+from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, exit_code
 from wads_dist.evaluate import evaluate, load_model, save_weights
 from wads_dist.figures import save_samples
@@ -309,8 +310,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    # Without the interpreter's teardown: gloo's threads of a peer that has already gone can abort it.
-    os._exit(status)
+    leave(main())

@@ -24,6 +24,11 @@ def test_one_rank_that_is_not_finite_rejects_the_step_and_is_named() -> None:
     assert judge([report(), report()], math.inf).rejected is None
 
 
+def test_a_rank_with_a_loss_that_is_not_finite_is_to_blame_for_the_gradients_of_all() -> None:
+    assert judge([report(finite=0.0), report(math.nan, finite=0.0)], math.inf).ranks == (1,)
+    assert judge([report(finite=0.0), report(finite=0.0)], math.inf).ranks == (0, 1)  # an overflow in the backward pass
+
+
 def test_a_spike_is_the_mean_over_ranks_and_names_the_ranks_that_made_it() -> None:
     verdict = judge([report(1.0), report(99.0)], 10.0)
     assert (verdict.rejected, verdict.ranks, verdict.loss) == ("spike", (1,), 50.0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.synthesis import Batch
 from wads_dist import worker
 from wads_dist.data import TrainingData
+from wads_dist.entry import leave
 
 SLOW_SECONDS = 1.5
 FAULTS = [fault for fault in json.loads(os.environ["FAULTS"]) if fault[1] == int(os.environ["RANK"])]
@@ -42,6 +43,4 @@ def faulty_batch(self: Any, sample: Tensor, upcoming: Tensor | None = None) -> B
 
 if __name__ == "__main__":
     TrainingData.batch = faulty_batch  # type: ignore[method-assign]
-    status = worker.main()
-    sys.stdout.flush()
-    os._exit(status)
+    leave(worker.main())
