@@ -46,6 +46,7 @@ def test_the_code_is_what_the_design_counts_on(report: list[dict[str, Any]]) -> 
             assert sum(count for kind, count in mix.items() if kind != "total") == mix["total"]
 
 
+@pytest.mark.slow
 def test_an_interpreting_process_says_what_to_do() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kernels.compiled"],

@@ -301,6 +301,7 @@ def test_first_builds_at_the_same_time_end_in_one_library(tmp_path: Path) -> Non
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]  # and nothing temporary is left
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     out, _ = start(tmp_path, CXX="no-such-compiler").communicate()
     assert out.splitlines()[0] == "False False 1" and "no-such-compiler" in out and "install g++" in out

@@ -149,6 +149,7 @@ def test_area_kl_at_mean_zero_and_one(value: float) -> None:
     check((x, reconstruction, torch.full_like(logits, value), mask), WEIGHTS, 2e-6, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_nan_reaches_the_terms_it_belongs_to_and_no_others() -> None:
     for which, spoilt in ((0, [0, 1]), (1, [0, 1]), (2, [2, 3]), (3, [2, 3])):
@@ -178,6 +179,7 @@ def test_the_upstream_gradient_scales_and_backward_may_come_twice() -> None:
             assert torch.equal(mine, scale * unscaled)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_memory_formats_and_mask_types_give_the_same_bits() -> None:
     x, reconstruction, logits, mask = inputs((1, 2, 11, 11))

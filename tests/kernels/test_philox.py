@@ -59,9 +59,9 @@ def test_every_cycle_is_a_permutation(length: int) -> None:
         assert not torch.equal(order[0], order[1])
 
 
-@pytest.mark.parametrize("length", [28, 257])
+@pytest.mark.parametrize("length", [28, 61])
 def test_every_image_is_as_likely_at_every_position(length: int) -> None:
-    cycles = 4000
+    cycles = 1500
     positions = torch.arange(cycles * length)
     order = shuffled(0, positions, length)
     table = np.zeros((length, length))

@@ -168,6 +168,7 @@ def test_rotation_turns_the_window_about_its_centre() -> None:
     assert torch.allclose(turned[1:, :].T.flip(1), straight[:, 1:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_masks_cover_what_draems_do() -> None:
     """DRAEM at 128²: mean cover 5.8 %, about 5 % empty before rotation (KERNEL_NOTES, measured)."""
     sample = torch.arange(2000)

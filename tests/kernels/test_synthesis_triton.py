@@ -142,6 +142,7 @@ def test_masks_agree_in_all_but_one_of_a_hundred_thousand_pixels() -> None:
     check(ours, synthesise(images, images, sample, 0, settings, backend="torch"), 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize("size", [32, 37])
 def test_tiles_make_no_difference(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
@@ -162,6 +163,7 @@ def test_half_precision_is_the_rounded_image() -> None:
         check(Batch(half.clean.float(), half.anomalous.float(), half.mask), full, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_a_sample_does_not_depend_on_its_batch_and_may_be_streamed() -> None:
     images, textures, sample = pictures(9, 40), pictures(4, 40), torch.arange(11)

@@ -136,6 +136,7 @@ def large(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_build_resumes_from_its_finished_shards(
     large: Path, tmp_path: Path, how: signal.Signals
@@ -190,6 +191,7 @@ def test_two_builds_at_once_are_kept_apart(root: Path, tmp_path: Path) -> None:
         build(root, tmp_path / "out", ["nut"], workers=1, progress=False)
 
 
+@pytest.mark.slow
 def test_command_line(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = shards("build", "--root", root, "--out", out, "--textures", root / "nut/train", "--workers", 1)

@@ -87,6 +87,7 @@ def test_a_rank_that_leaves_early_says_why_and_ends_the_others_wait(pair: list[L
     assert f"rank {leaver} on " in str(error) and "stopped as asked" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_that_falls_silent_is_named(pair: list[Launch], silent: int) -> None:
     def act(launch: Launch) -> Any:
