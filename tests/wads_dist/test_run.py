@@ -1,21 +1,22 @@
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
+from wads_dist import run as run_module
 from wads_dist.config import Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import ExitCode, ResumeError, WadsError
 from wads_dist.rendezvous import Launch
-from wads_dist.run import evaluate_run, mean_of, open_run, summarise, train_run
+from wads_dist.run import Outcome, evaluate_run, hold_run, mean_of, open_run, record_summary, summarise, train_run
 from wads_dist.supervisor import first_cause
 
 SMALL = (
@@ -130,25 +131,6 @@ def test_an_ended_supervisor_leaves_no_worker(
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-def test_a_category_that_fails_is_named_and_costs_the_others_nothing(demo_shards: Path, tmp_path: Path) -> None:
-    shards, run = tmp_path / "shards", tmp_path / "run"
-    shutil.copytree(demo_shards, shards)
-    damaged = shards / "demo_biscuit" / "train-000000.tar"
-    damaged.write_bytes(damaged.read_bytes()[:-2000])
-    result = launch(command(shards, run))
-    assert result.returncode == ExitCode.CATEGORY_FAILED
-    assert "train-000000.tar" in result.stderr and "demo_biscuit failed" in result.stdout
-    summary = json.loads((run / "summary.json").read_text())
-    assert list(summary["categories"]) == ["demo_leafplate"] and summary["failed"] == {
-        "demo_biscuit": ExitCode.BAD_DATA
-    }
-
-    shutil.copy(demo_shards / "demo_biscuit" / "train-000000.tar", damaged)
-    repaired = launch(command(shards, run))
-    assert repaired.returncode == 0 and "demo_leafplate: done already" in repaired.stdout
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -215,6 +197,31 @@ def test_what_every_worker_would_fail_on_is_refused_before_the_first(
     assert main(train_run, command(demo_shards, tmp_path / "run", *setting)) in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA)
     assert text in capsys.readouterr().err.replace("\n", "")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_summary_says_whether_all_is_done(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "metrics.json").write_text(json.dumps({"pixel_auroc": 0.5}))
+    begun = record_summary(tmp_path, Outcome(), ["a", "b"], over=False)
+    assert (begun["complete"], begun["missing"], begun["exit_code"]) == (False, ["b"], None)
+    assert json.loads((tmp_path / "summary.json").read_text()) == begun
+    assert not record_summary(tmp_path, Outcome(), ["a"], over=False)["complete"]  # still running
+    assert record_summary(tmp_path, Outcome(["a"]), ["a"], over=True)["complete"]
+    stopped = record_summary(tmp_path, Outcome(["a"], preempted=True), ["a", "b"], over=True)
+    assert (stopped["complete"], stopped["exit_code"]) == (False, ExitCode.PREEMPTED)
+
+
+def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
+    with ExitStack() as first:
+        hold_run(tmp_path, first)
+        with (
+            ExitStack() as second,
+            pytest.raises(ResumeError, match=rf"in use by another launch \(process {os.getpid()} on "),
+        ):
+            hold_run(tmp_path, second)
+    with ExitStack() as third:
+        hold_run(tmp_path, third)
 
 
 def test_the_summary_keeps_what_other_commands_have_finished(tmp_path: Path) -> None:
