@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+import torch
 
 from wads_dist.pulse import Listener, OwnTime, Pulse, Standing, stalled
 
@@ -65,3 +66,13 @@ def test_own_time_adds_up_what_lies_inside_and_starts_anew_when_taken() -> None:
         with own:
             time.sleep(0.01)
     assert own.take() >= 0.02 and own.take() == 0
+
+
+@pytest.mark.gpu
+def test_own_time_on_a_gpu_is_the_streams() -> None:
+    own, x = OwnTime("cuda"), torch.ones(4096, 4096, device="cuda")
+    with own:
+        for _ in range(20):
+            x = x @ x / 4096
+    torch.cuda.synchronize()
+    assert own.take() > 1e-4 and own.take() == 0  # launching alone takes less than 20 products of that size
