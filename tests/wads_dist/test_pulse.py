@@ -75,4 +75,4 @@ def test_own_time_on_a_gpu_is_the_streams() -> None:
         for _ in range(20):
             x = x @ x / 4096
     torch.cuda.synchronize()
-    assert own.take() > 1e-4 and own.take() == 0  # launching alone takes less than 20 products of that size
+    assert own.take() > 5e-3 and own.take() == 0  # 2.7 TFLOP; launching them takes a tenth of that
