@@ -8,6 +8,7 @@ CPU compiled C++ (``native.py``). The PyTorch form in this file says what both m
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +20,20 @@ from kernels.philox import Purpose, philox, shuffled, uniform
 
 # Lattice points are numbered from this corner, so that a point's gradient depends on its position only and the rotated
 # window (which reaches 0.21 of its side beyond the square) never meets a negative number. Both are multiples of 4 because
-# one Philox call serves four neighbouring points.
+# one Philox call serves four neighbouring points. They hold windows of up to 2^LATTICE_LIMIT cells.
 LATTICE_ORIGIN = 64
 LATTICE_STRIDE = 256
+LATTICE_LIMIT = 7
 FADE = (6.0, -15.0, 10.0)
 
 
 @dataclass(frozen=True)
 class SynthesisSettings:
-    """What is drawn, and from which range. Lengths are fractions of the image's side, angles degrees."""
+    """What is drawn, and from which range. Lengths are fractions of the image's side, angles degrees.
+
+    Raises:
+        ValueError: ``lattice_max`` is not in 0..LATTICE_LIMIT.
+    """
 
     image_size: int = 128
     scale: tuple[float, float] = (0.8, 1.0)
@@ -37,6 +43,10 @@ class SynthesisSettings:
     lattice_max: int = 5
     threshold: float = 0.5
     texture_jitter: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lattice_max <= LATTICE_LIMIT:
+            raise ValueError(f"lattice_max must be 0 to {LATTICE_LIMIT}, got {self.lattice_max}")
 
 
 @dataclass(frozen=True)
@@ -206,16 +216,19 @@ def synthesise(
     Args:
         images: uint8 [N, 3, S, S], the category's normal images; with ``image_index`` given, only those this batch needs.
         textures: uint8 [T, 3, S', S'].
-        sample: int64 [B] global sample indices, on the images' device.
-        seed: the run's seed, 0 <= seed < 2**64, or an int64 tensor of no dimensions that holds it (its 64 bits). On a GPU the
-            tensor is read by the kernel, so that a CUDA graph that captured this call follows ``seed`` and ``sample``.
-        image_index: int64 [B] rows of ``images`` (streaming); by default the rows the samples draw (resident images).
+        sample: int64 [B] global sample indices, on the images' device. Negative ones continue the sequence backwards.
+        seed: the run's seed, 0 <= seed < 2**64, or an int64 tensor of no dimensions on the images' device that holds it (its
+            64 bits). On a GPU the kernel reads it, so that a CUDA graph that captured this call follows ``seed`` and
+            ``sample``.
+        image_index: int64 [B] rows of ``images`` (streaming), 0 <= row < len(images); by default the rows the samples draw
+            (resident images). Triton could not refuse others without waiting for the GPU: it takes the nearest row.
         image_count: number of images of the category, when ``images`` is not all of them.
         backend: which implementation (``backend.py``); all agree but for rounding.
         dtype: float32, bfloat16 or float16, of the images returned.
 
     Raises:
-        ValueError: an argument has the wrong type or shape; names it.
+        ValueError: an argument has the wrong type, shape or device; names it.
+        IndexError: ``image_index`` holds what is no row of ``images`` (not from Triton).
     """
     for name, store in (("images", images), ("textures", textures)):
         if store.dtype != torch.uint8 or store.ndim != 4 or store.shape[1] != 3 or store.shape[2] != store.shape[3]:
@@ -224,7 +237,14 @@ def synthesise(
             raise ValueError(f"{name} must be contiguous and hold an image of at least 2x2, got {list(store.shape)}")
     if sample.dtype != torch.int64 or sample.ndim != 1:
         raise ValueError(f"sample must be int64 [B], got {sample.dtype} {list(sample.shape)}")
+    if isinstance(seed, Tensor) and (seed.dtype, seed.ndim, seed.device) != (torch.int64, 0, images.device):
+        raise ValueError(
+            f"seed must be an int64 tensor of no dimensions on {images.device}, got {seed.dtype} {list(seed.shape)} on "
+            f"{seed.device}"
+        )
     count = len(images) if image_count is None else image_count
+    if count < 1:
+        raise ValueError(f"image_count must be at least 1, got {count}")
     if image_index is None and count > len(images):
         raise ValueError(
             f"image_count {count} but {len(images)} images: give image_index, the rows of this batch's images"
@@ -233,21 +253,21 @@ def synthesise(
         raise ValueError(
             f"image_index must be int64 {list(sample.shape)}, got {image_index.dtype} {list(image_index.shape)}"
         )
-    chosen = resolve(backend, images.device)
-    if chosen == "triton":
-        from kernels import synthesis_triton
-
-        return synthesis_triton.synthesise(images, textures, sample, seed, settings, image_index, count, dtype)
-    if isinstance(seed, Tensor):
-        seed = int(seed) & 0xFFFFFFFFFFFFFFFF
-    if chosen == "native":
-        from kernels import native
-
-        batch = native.synthesise(images, textures, sample, seed, settings, image_index, count)
-    else:
-        batch = _reference(images, textures, sample, seed, settings, image_index, count)
-    clean, anomalous = (x.to(dtype, memory_format=torch.channels_last) for x in (batch.clean, batch.anomalous))
-    return Batch(clean, anomalous, batch.mask.to(torch.uint8))
+    implementation = _resolve(backend, images.device)
+    if implementation == "torch":
+        number = int(seed) & 0xFFFFFFFFFFFFFFFF
+        batch = _reference(images, textures, sample, number, settings, image_index, count)
+        return Batch(*_stored(batch, dtype))
+    # An eager call through torch.library costs the host more than the GPU's launches do: only a compiler needs it.
+    if not torch.compiler.is_compiling():
+        return Batch(*_run(images, textures, sample, seed, settings, image_index, count, dtype, implementation))
+    s = settings
+    number, tensor = (0, seed) if isinstance(seed, Tensor) else (seed - 2**64 if seed >> 63 else seed, None)
+    outputs = torch.ops.wads.synthesise(
+        images, textures, sample, number, tensor, image_index, count, dtype, implementation,
+        s.image_size, s.scale, s.rotation, s.clean_fraction, s.blend_max, s.lattice_max, s.threshold, s.texture_jitter,
+    )  # fmt: skip
+    return Batch(*outputs)
 
 
 def _reference(
@@ -263,6 +283,10 @@ def _reference(
     size = settings.image_size
     draws = draw(seed, sample, image_count, len(textures), settings)
     rows = draws.image_index if image_index is None else image_index
+    if image_index is not None and bool(
+        ((rows < 0) | (rows >= len(images))).any()
+    ):  # indexing would count from the end
+        raise IndexError(f"rows of {len(images)} images are wanted, got {rows.tolist()}")
     clean = sample_affine(images[rows], draws.image_map, size)
     anomalous, mask = clean.clone(), clean.new_zeros(len(sample), 1, size, size)
     # Only the samples that carry an anomaly pay for one.
@@ -279,3 +303,62 @@ def _reference(
         mask[which] = m
         anomalous[which] = normal + m * (1 - beta) * (texture - normal)
     return Batch(clean, anomalous, mask)
+
+
+def _stored(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    clean, anomalous = (x.to(dtype, memory_format=torch.channels_last) for x in (batch.clean, batch.anomalous))
+    return clean, anomalous, batch.mask.to(torch.uint8)
+
+
+# --- the fused implementations, registered with torch.library and called past it in eager mode ------------------------------
+
+# Which compiler there is does not change while a graph is traced.
+_resolve = torch.compiler.assume_constant_result(resolve)
+
+
+def _run(
+    images: Tensor, textures: Tensor, sample: Tensor, seed: int | Tensor, settings: SynthesisSettings,
+    image_index: Tensor | None, image_count: int, dtype: torch.dtype, implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Clean and anomalous images of type ``dtype``, and masks."""
+    if implementation == "triton":
+        from kernels import synthesis_triton
+
+        return synthesis_triton.synthesise(images, textures, sample, seed, settings, image_index, image_count, dtype)
+    from kernels import native
+
+    number = int(seed) & 0xFFFFFFFFFFFFFFFF
+    return _stored(native.synthesise(images, textures, sample, number, settings, image_index, image_count), dtype)
+
+
+@torch.library.custom_op("wads::synthesise", mutates_args=())
+def _operator(
+    images: Tensor, textures: Tensor, sample: Tensor, seed: int, seed_tensor: Tensor | None, image_index: Tensor | None,
+    image_count: int, dtype: torch.dtype, implementation: str, image_size: int, scale: Sequence[float], rotation: float,
+    clean_fraction: float, blend_max: float, lattice_max: int, threshold: float, texture_jitter: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``_run`` with an argument for each type that a schema has: two for the seed, the settings one by one."""
+    settings = SynthesisSettings(
+        image_size, (scale[0], scale[1]), rotation, clean_fraction, blend_max, lattice_max, threshold, texture_jitter
+    )
+    chosen = seed if seed_tensor is None else seed_tensor
+    clean, anomalous, mask = _run(
+        images, textures, sample, chosen, settings, image_index, image_count, dtype, implementation
+    )
+    # An operator's outputs may not share memory, as those of the native kernel do.
+    shared = clean.untyped_storage().data_ptr() == anomalous.untyped_storage().data_ptr()
+    return clean, anomalous.clone() if shared else anomalous, mask
+
+
+@_operator.register_fake
+def _(
+    images, textures, sample, seed, seed_tensor, image_index, image_count, dtype, implementation, image_size, *settings
+):
+    return empty_outputs(images, len(sample), image_size, dtype)
+
+
+def empty_outputs(images: Tensor, batch: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Unset clean and anomalous images and masks, as ``Batch`` has them."""
+    shape, layout = (batch, 3, size, size), torch.channels_last
+    clean = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
+    return clean, torch.empty_like(clean), torch.empty(batch, 1, size, size, dtype=torch.uint8, device=images.device)

@@ -31,7 +31,6 @@ Nothing returns to the host. ``sample`` and ``seed`` may be device tensors that 
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -40,7 +39,7 @@ from torch import Tensor
 
 from kernels.compiled import KernelSpec
 from kernels.philox import Purpose
-from kernels.synthesis import LATTICE_ORIGIN, LATTICE_STRIDE, Batch, SynthesisSettings, lattice_window
+from kernels.synthesis import LATTICE_ORIGIN, LATTICE_STRIDE, SynthesisSettings, empty_outputs, lattice_window
 
 ORDER = tl.constexpr(int(Purpose.ORDER))
 GEOMETRY = tl.constexpr(int(Purpose.GEOMETRY))
@@ -115,8 +114,9 @@ def _word(number: tl.constexpr):
 @triton.jit
 def _shuffled(seed_low, seed_high, position, length):
     """``philox.shuffled``: the image at int64 ``position``, as uint32."""
-    cycle = position // length
-    x = (position - cycle * length).to(tl.uint32)
+    cycle, rest = position // length, position % length  # truncated, as in C: floor them
+    cycle, rest = tl.where(rest < 0, cycle - 1, cycle), tl.where(rest < 0, rest + length, rest)
+    x = rest.to(tl.uint32)
     count = length.to(tl.uint32)
     # Unrolled, so that the Philox calls of eight rounds overlap: they do not wait for x.
     for r in tl.range(0, SHUFFLE_ROUNDS, loop_unroll_factor=8):
@@ -150,7 +150,7 @@ def _draw(
     seed_low,
     seed_high,
     batch,
-    images,
+    images,  # how many the shuffle orders or, with image_index, rows there are
     textures,
     image_side,
     texture_side,
@@ -203,7 +203,8 @@ def _draw(
     tl.store(row + BETA, blend_max * _uniform(blend), mask=inside)
 
     if image_index_ptr is not None:
-        image = tl.load(image_index_ptr + b, mask=inside, other=0).to(tl.int32)
+        image = tl.load(image_index_ptr + b, mask=inside, other=0)
+        image = tl.minimum(tl.maximum(image, 0), images - 1).to(tl.int32)  # no row outside the store is ever read
     else:
         image = _shuffled(seed_low, seed_high, sample, images).to(tl.int32)
     texture = tl.umulhi(which, textures.to(tl.uint32)).to(tl.int32)
@@ -281,7 +282,7 @@ def _prepare_kernel(
     seed_low,
     seed_high,
     batch,
-    images,
+    images,  # how many the shuffle orders or, with image_index, rows there are
     textures,
     image_side,
     texture_side,
@@ -458,16 +459,10 @@ def _pixel_kernel(
     tl.store(mask_ptr + first + pixel[:, None], m.to(tl.uint8)[:, None], mask=inside[:, None])
 
 
-def _signed(number: int, bits: int = 32) -> int:
-    """The number modulo 2^bits as a signed integer, so that an argument has one type whatever its value."""
-    number &= 2**bits - 1
-    return number - 2**bits if number >> (bits - 1) else number
-
-
-def _outputs(images: Tensor, batch: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    shape, layout = (batch, 3, size, size), torch.channels_last
-    clean = torch.empty(shape, dtype=dtype, device=images.device, memory_format=layout)
-    return clean, torch.empty_like(clean), torch.empty(batch, 1, size, size, dtype=torch.uint8, device=images.device)
+def _signed(number: int) -> int:
+    """The number modulo 2^32 as a signed integer, so that an argument has one type whatever its value."""
+    number &= 2**32 - 1
+    return number - 2**32 if number >> 31 else number
 
 
 def _prepare(
@@ -487,70 +482,15 @@ def _prepare(
     lattice = torch.empty(batch, points, points, dtype=torch.int64, device=device)
     seed_tensor, number = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
     low, high = settings.scale
+    ordered = image_count if image_index is None else len(images)
     _prepare_kernel[(triton.cdiv(batch, PREPARE_BLOCK) + batch,)](
         sample, seed_tensor, image_index, rows, draws, lattice, _signed(number), _signed(number >> 32),
-        batch, image_count, len(textures), images.shape[-1], textures.shape[-1], settings.image_size,
+        batch, ordered, len(textures), images.shape[-1], textures.shape[-1], settings.image_size,
         settings.lattice_max + 1, float(low), float(high - low), settings.rotation / 360,
         float(settings.clean_fraction), float(settings.blend_max), float(settings.texture_jitter),
         margin, points, PREPARE_BLOCK, num_warps=PREPARE_WARPS,
     )  # fmt: skip
     return rows, draws, lattice
-
-
-def _launch(
-    images: Tensor,
-    textures: Tensor,
-    sample: Tensor,
-    seed: int | Tensor,
-    settings: SynthesisSettings,
-    image_index: Tensor | None,
-    image_count: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size, batch = settings.image_size, len(sample)
-    clean, anomalous, mask = _outputs(images, batch, size, dtype)
-    if batch == 0:
-        return clean, anomalous, mask
-    with torch.cuda.device_of(images):
-        rows, draws, lattice = _prepare(images, textures, sample, seed, settings, image_index, image_count)
-        tiles = triton.cdiv(size, TILE[0]) * triton.cdiv(size, TILE[1])
-        _pixel_kernel[(batch * tiles,)](
-            images, textures, rows, draws, lattice, clean, anomalous, mask, float(settings.threshold),
-            size, images.shape[-1], textures.shape[-1], *lattice_window(settings.lattice_max), *TILE, num_warps=1,
-        )  # fmt: skip
-    return clean, anomalous, mask
-
-
-@torch.library.custom_op("wads::synthesise", mutates_args=())
-def _operator(
-    images: Tensor,
-    textures: Tensor,
-    sample: Tensor,
-    seed: int,
-    seed_tensor: Tensor | None,
-    image_index: Tensor | None,
-    image_count: int,
-    dtype: torch.dtype,
-    image_size: int,
-    scale: Sequence[float],
-    rotation: float,
-    clean_fraction: float,
-    blend_max: float,
-    lattice_max: int,
-    threshold: float,
-    texture_jitter: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``_launch`` with an argument for each type that a schema has: two for the seed, the settings one by one."""
-    settings = SynthesisSettings(
-        image_size, (scale[0], scale[1]), rotation, clean_fraction, blend_max, lattice_max, threshold, texture_jitter
-    )
-    chosen = seed if seed_tensor is None else seed_tensor
-    return _launch(images, textures, sample, chosen, settings, image_index, image_count, dtype)
-
-
-@_operator.register_fake
-def _(images, textures, sample, seed, seed_tensor, image_index, image_count, dtype, image_size, *settings):
-    return _outputs(images, len(sample), image_size, dtype)
 
 
 def synthesise(
@@ -562,20 +502,22 @@ def synthesise(
     image_index: Tensor | None,
     image_count: int,
     dtype: torch.dtype,
-) -> Batch:
-    """``kernels.synthesis.synthesise``, which checks the arguments. Nothing waits for the device."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fields of ``kernels.synthesis.synthesise``'s batch; it checks the arguments. Nothing waits for the device."""
     sample = sample.contiguous()
     image_index = None if image_index is None else image_index.contiguous()
-    # An eager call through torch.library costs the host more than the launches do: only a compiler needs it.
-    if not torch.compiler.is_compiling():
-        return Batch(*_launch(images, textures, sample, seed, settings, image_index, image_count, dtype))
-    s = settings
-    number, tensor = (0, seed) if isinstance(seed, Tensor) else (_signed(seed, 64), None)
-    outputs = _operator(
-        images, textures, sample, number, tensor, image_index, image_count, dtype,
-        s.image_size, s.scale, s.rotation, s.clean_fraction, s.blend_max, s.lattice_max, s.threshold, s.texture_jitter,
-    )  # fmt: skip
-    return Batch(*outputs)
+    size, batch = settings.image_size, len(sample)
+    clean, anomalous, mask = empty_outputs(images, batch, size, dtype)
+    if batch == 0:
+        return clean, anomalous, mask
+    with torch.cuda.device_of(images):
+        rows, draws, lattice = _prepare(images, textures, sample, seed, settings, image_index, image_count)
+        tiles = triton.cdiv(size, TILE[0]) * triton.cdiv(size, TILE[1])
+        _pixel_kernel[(batch * tiles,)](
+            images, textures, rows, draws, lattice, clean, anomalous, mask, float(settings.threshold),
+            size, images.shape[-1], textures.shape[-1], *lattice_window(settings.lattice_max), *TILE, num_warps=1,
+        )  # fmt: skip
+    return clean, anomalous, mask
 
 
 def compile_specs() -> list[KernelSpec]:

@@ -5,12 +5,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from perlin_numpy import generate_perlin_noise_2d
 from scipy import ndimage
 from scipy.stats import ks_2samp
 from torch import Tensor
 
 from kernels import synthesis
+from kernels.backend import Backend
 from kernels.synthesis import (
     SynthesisSettings,
     draw,
@@ -119,10 +119,56 @@ def test_arguments_that_do_not_fit_are_named(images: Tensor) -> None:
         ("sample must be int64", (images, images, sample.int()), {}),
         ("image_count 10 but 9 images", (images, images, sample), {"image_count": 10}),
         ("image_index must be int64", (images, images, sample), {"image_index": torch.arange(3)}),
+        ("image_count must be at least 1, got 0", (images, images, sample), {"image_count": 0}),
+        ("image_count must be at least 1", (images, images, sample), {"image_index": sample, "image_count": -1}),
+        ("seed must be an int64 tensor", (images, images, sample), {"seed": torch.tensor(0.0)}),
+        ("seed must be an int64 tensor", (images, images, sample), {"seed": torch.tensor([0])}),
+        ("seed must .* on cpu, got .* on meta", (images, images, sample), {"seed": torch.tensor(0, device="meta")}),
     ]
     for message, tensors, more in wrong:
         with pytest.raises(ValueError, match=message):
-            synthesise(*tensors, 0, SETTINGS, **more)
+            synthesise(*tensors, **{"seed": 0, "settings": SETTINGS} | more)
+    for lattice_max in (-1, 8):
+        with pytest.raises(ValueError, match=f"lattice_max must be 0 to 7, got {lattice_max}"):
+            SynthesisSettings(lattice_max=lattice_max)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_rows_that_are_not_there_are_refused(images: Tensor, backend: Backend) -> None:
+    for row in (-1, -9, 9):
+        with pytest.raises(IndexError):
+            synthesise(images, images, torch.arange(1), 0, SETTINGS, torch.tensor([row]), 50, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_negative_ids_belong_to_earlier_cycles(backend: Backend) -> None:
+    images = torch.arange(9, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+    batch = synthesise(images, images, torch.arange(-9, 0), 0, replace(SETTINGS, image_size=4), backend=backend)
+    shown = (batch.clean[:, 0, 0, 0] * 255).round()
+    assert shown.sort().values.tolist() == list(range(9))
+    assert torch.equal(shown.long(), draw(0, torch.arange(-9, 0), 9, 9, SETTINGS).image_index)
+
+
+@pytest.mark.parametrize("seed", [2**63, torch.tensor(4)], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_on_a_cpu_compiles_without_a_break(images: Tensor, seed: int | Tensor, dtype: torch.dtype) -> None:
+    settings = replace(SETTINGS, image_size=16)
+
+    def step(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch = synthesise(images, images, ids, seed, settings, backend="auto", dtype=dtype)
+        return batch.clean, batch.anomalous, batch.mask
+
+    torch.compiler.reset()
+    sample = torch.arange(2)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for ids in (sample, sample + 10):
+        for ours, eager in zip(compiled(ids), step(ids), strict=True):
+            assert torch.equal(ours, eager) and ours.stride() == eager.stride()
+
+    number, tensor = (0, seed) if isinstance(seed, Tensor) else (seed - 2**64, None)
+    scalars = (16, [0.8, 1.0], 10.0, 0.5, 0.8, 5, 0.5, 0.4)
+    arguments = (images, images, sample, number, tensor, None, 9, dtype, "native", *scalars)
+    torch.library.opcheck(torch.ops.wads.synthesise.default, arguments)
 
 
 def test_gradients_belong_to_lattice_points_whatever_the_window() -> None:
@@ -186,6 +232,8 @@ def test_unrotated_noise_and_masks_are_distributed_as_draems() -> None:
     At 64² both evaluate the same lattices at the same fractions, so nothing in the comparison depends on the size. With 4000
     draws each, two samples of one distribution are below 0.03 in 95 of 100 cases and below 0.044 in 999 of 1000.
     """
+    from perlin_numpy import generate_perlin_noise_2d
+
     draws, size = 4000, 64
     sample = torch.arange(draws)
     lattice = draw(0, sample, 1, 1, SynthesisSettings(clean_fraction=0.0)).lattice

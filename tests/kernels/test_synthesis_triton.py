@@ -58,6 +58,7 @@ def to_pixels(maps: Tensor, side: int, size: int) -> Tensor:
     ("count", "seed", "first", "images", "settings"),
     [
         (130, 0, 0, 9, replace(SETTINGS, clean_fraction=0.99)),  # more samples than one program draws
+        (12, 0, -20, 9, SETTINGS),  # a negative id belongs to an earlier cycle, as floor division says
         (12, 2**64 - 7, FAR, 1, replace(SETTINGS, scale=(0.2, 0.3))),
         (12, FAR, 2**40, 257, replace(SETTINGS, lattice_max=7, rotation=180.0, texture_jitter=1.0, blend_max=0.5)),
     ],
@@ -179,6 +180,13 @@ def test_a_sample_does_not_depend_on_its_batch_and_may_be_streamed() -> None:
 
 
 @pytest.mark.interpreter
+def test_rows_that_are_not_there_are_not_read() -> None:
+    store, index = pictures(3, 32), torch.tensor([-(2**40), -1, 0, 2, 3, 2**32])
+    rows, _, _ = synthesis_triton._prepare(store, store, torch.arange(6), 0, SETTINGS, index, 50)
+    assert rows[:, 0].tolist() == [0, 0, 0, 2, 2, 2]
+
+
+@pytest.mark.interpreter
 def test_seed_and_position_are_read_from_their_tensors() -> None:
     images = pictures(9, 40)
     for number in (3, 2**64 - 3):
@@ -207,7 +215,7 @@ def test_the_operator_is_sound_and_compiles_without_a_break(seed: int | Tensor) 
 
     number, tensor = (0, seed) if isinstance(seed, Tensor) else (seed - 2**64, None)
     scalars = (16, [0.8, 1.0], 10.0, 0.5, 0.8, 5, 0.5, 0.4)
-    arguments = (images, images, sample, number, tensor, None, 3, torch.float32, *scalars)
+    arguments = (images, images, sample, number, tensor, None, 3, torch.float32, "triton", *scalars)
     torch.library.opcheck(torch.ops.wads.synthesise.default, arguments)
 
 
