@@ -5,8 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
-from scipy.stats import ks_2samp
 from torch import Tensor
 
 from kernels import synthesis
@@ -233,6 +231,8 @@ def test_unrotated_noise_and_masks_are_distributed_as_draems() -> None:
     draws each, two samples of one distribution are below 0.03 in 95 of 100 cases and below 0.044 in 999 of 1000.
     """
     from perlin_numpy import generate_perlin_noise_2d
+    from scipy import ndimage
+    from scipy.stats import ks_2samp
 
     draws, size = 4000, 64
     sample = torch.arange(draws)
