@@ -82,7 +82,10 @@ def hashed_file(path: Path) -> Iterator[HashedFile]:
         yield out
         os.fsync(out.file.fileno())
     except Exception as error:
-        raise out.error or error from None
+        cause = out.error or error
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(path)
+        raise cause from None
     finally:
         out.file.close()
 
@@ -123,7 +126,7 @@ def partial_of(folder: Path, name: str) -> Path:
 
 def start(folder: Path, name: str) -> None:
     """An empty directory to write the checkpoint ``name`` into; what earlier crashes left behind is removed."""
-    for left in folder.glob(".partial-*"):
+    for left in (*folder.glob(".partial-*"), *folder.glob(".removed-*")):
         shutil.rmtree(left)
     partial_of(folder, name).mkdir(parents=True)
 
@@ -148,7 +151,7 @@ def publish(folder: Path, name: str) -> Path:
     """Gives a complete partial directory its name, then points to it."""
     final = folder / name
     if final.exists():  # of an earlier life that died before it was pointed to
-        shutil.rmtree(final)
+        remove(folder, name)
     os.rename(partial_of(folder, name), final)
     sync_folder(folder)
     write_text(folder / LATEST, name)
@@ -164,8 +167,15 @@ def retain(folder: Path, current: str, keep: int, keep_best: bool) -> None:
     stay = {current, *others[: keep - 1]}
     if keep_best and (best := best_of(folder)):
         stay.add(best)
-    for name in set(others) - stay:
-        shutil.rmtree(folder / name)
+    for name in sorted(set(others) - stay):
+        remove(folder, name)
+
+
+def remove(folder: Path, name: str) -> None:
+    """Deletes a checkpoint; a crash on the way does not leave half of one under its name."""
+    removed = folder / f".removed-{name}"
+    os.rename(folder / name, removed)
+    shutil.rmtree(removed)
 
 
 def best_of(folder: Path) -> str | None:

@@ -74,8 +74,7 @@ def assert_same(a: object, b: object, where: str) -> int:
     return 1
 
 
-def main() -> None:
-    base = Path(tempfile.mkdtemp(dir=sys.argv[1]))
+def main(base: Path) -> None:
     for stage in sys.argv[2].split(","):
         folder = base / f"zero{stage}"
 
@@ -107,4 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as base:  # gigabytes
+        main(Path(base))
