@@ -2,7 +2,8 @@
 
 Compiled at first use into ``$TORCH_EXTENSIONS_DIR`` or ``~/.cache/wads_dist``, for the very processor (``-march=native``). A
 library's name carries a hash of its sources, flags, compiler and processor, so that machines which share a home directory do
-not run each other's; it appears by a rename, so that any number of ranks may compile at once. ``CXX`` names the compiler.
+not run each other's; it appears by a rename, so that any number of ranks may compile at once, and one that does not load is
+built again. ``CXX`` names the compiler.
 """
 
 import ctypes
@@ -16,11 +17,12 @@ import warnings
 from ctypes import c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.objective import ObjectiveWeights
+from kernels.objective import ObjectiveWeights, dense_format
 from kernels.synthesis import Batch, SynthesisSettings
 
 SOURCES = sorted((Path(__file__).parent / "csrc").glob("*.cpp"))
@@ -60,8 +62,8 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _compile() -> Path:
-    """The path of this machine's library, compiled if need be."""
+def _compile(again: bool = False) -> Path:
+    """The path of this machine's library, compiled if need be, or in any case (``again``)."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
@@ -69,11 +71,14 @@ def _compile() -> Path:
         raise NativeUnavailable(f"no C++ compiler ({error}); install g++, or set CXX") from error
     parts = [*(source.read_text() for source in SOURCES), *FLAGS, *compiler, version, platform.machine(), _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "wads_dist")
-    library = folder / f"wads_kernels_{key}.so"
-    if library.exists():
-        return library
     try:
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "wads_dist")
+    except RuntimeError as error:  # neither HOME nor an entry in passwd, as in a container under a foreign uid
+        raise NativeUnavailable(f"nowhere to keep the library ({error}); set TORCH_EXTENSIONS_DIR") from error
+    library = folder / f"wads_kernels_{key}.so"
+    try:
+        if library.exists() and not again:
+            return library
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as workspace:
             built = Path(workspace) / library.name
@@ -83,6 +88,8 @@ def _compile() -> Path:
                 raise NativeUnavailable(
                     f"`{shlex.join(command)}` failed with status {run.returncode}:\n{run.stderr or run.stdout}"
                 )
+            with built.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut could leave the name without the contents
             os.rename(built, library)
     except OSError as error:
         raise NativeUnavailable(f"cannot build in {folder} ({error}); set TORCH_EXTENSIONS_DIR") from error
@@ -93,7 +100,10 @@ def _compile() -> Path:
 def _load() -> ctypes.CDLL | NativeUnavailable:
     """The library, or why there is none; one attempt per process."""
     try:
-        library = ctypes.CDLL(str(_compile()))
+        try:
+            library = ctypes.CDLL(str(_compile()))
+        except OSError:  # cut short, or linked against another machine's C library
+            library = ctypes.CDLL(str(_compile(again=True)))
     except NativeUnavailable as reason:
         return reason
     except OSError as error:
@@ -158,8 +168,8 @@ def synthesise(
     rows = None if rows is None else rows.cpu().contiguous()
     batch, size = len(sample), settings.image_size
     # One allocation: the allocator gives the pages of two back to the system at every batch, and asks for them again.
-    clean, anomalous = torch.empty(2, batch, size, size, 3).movedim(-1, 2)
-    mask = torch.empty(batch, 1, size, size, dtype=torch.uint8)
+    clean, anomalous = torch.empty(2, batch, size, size, 3, **_FLOATS).movedim(-1, 2)
+    mask = torch.empty(batch, 1, size, size, dtype=torch.uint8, device="cpu")
     ranges = (*settings.scale, settings.rotation, settings.clean_fraction)
     c_settings = _SynthesisSettings(
         size, settings.lattice_max, *ranges, settings.blend_max, settings.threshold, settings.texture_jitter
@@ -173,6 +183,10 @@ def synthesise(
     return Batch(clean, anomalous, mask)
 
 
+# Never torch's defaults, which may be another type or device than C++ writes to.
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
+
 def _require_cpu(*tensors: Tensor) -> None:
     """C++ would follow a GPU's address into a crash."""
     for tensor in tensors:
@@ -182,10 +196,9 @@ def _require_cpu(*tensors: Tensor) -> None:
 
 def _strided(image: Tensor) -> tuple[Tensor, int, int]:
     """``image`` [N, C, H, W] in float32, dense, and the strides of its planes and of its pixels."""
-    image = image.detach().float()
-    if not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last):
-        return image, 1, image.shape[1]
-    return image.contiguous(), image.shape[2] * image.shape[3], 1
+    layout = dense_format(image)
+    image = image.detach().float().contiguous(memory_format=layout)
+    return (image, 1, image.shape[1]) if layout == torch.channels_last else (image, image.shape[2] * image.shape[3], 1)
 
 
 def objective(
@@ -205,8 +218,9 @@ def objective(
 
     Returns:
         the terms [4, N] float32 (1 − SSIM, MSE, focal, KL) of each image, and the gradients of the weighted total of their
-        batch means: for the reconstruction (float32, in its memory format) and for the logits (float32, contiguous). They
-        stay float32 because a gradient times a loss scale may fit half precision where the gradient alone does not.
+        batch means: for the reconstruction (float32, channels_last if it is that, else contiguous) and for the logits
+        (float32, contiguous). They stay float32 because a gradient times a loss scale may fit half precision where the
+        gradient alone does not.
 
     Raises:
         NativeUnavailable: the kernels cannot be compiled here.
@@ -218,12 +232,12 @@ def objective(
     x, x_plane, x_pixel = _strided(x)
     y, y_plane, y_pixel = _strided(reconstruction)
     z, m = logits.detach().float().contiguous(), mask.detach().float().contiguous()
-    per_image = torch.empty(4, n)
-    dy = torch.empty_like(y) if gradients else None
+    per_image = torch.empty(4, n, **_FLOATS)
+    dy = torch.empty_like(y, memory_format=dense_format(reconstruction)) if gradients else None
     dz = torch.empty_like(z) if gradients else None
     threads = torch.get_num_threads()
-    partial = torch.empty(2, n * c, dtype=torch.float64)
-    scratch = torch.empty(threads, library.wads_scratch_floats(height, width))
+    partial = torch.empty(2, n * c, dtype=torch.float64, device="cpu")
+    scratch = torch.empty(threads, library.wads_scratch_floats(height, width), **_FLOATS)
     w = weights
     c_settings = _ObjectiveSettings(
         n, c, height, width, x_plane, x_pixel, y_plane, y_pixel,

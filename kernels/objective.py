@@ -9,7 +9,6 @@ compute values and gradient together: ``objective_triton.py`` on a GPU, ``native
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from kernels.backend import Backend, resolve
 WINDOW = 11
 SIGMA = 1.5
 C1, C2 = 0.01**2, 0.03**2
+TAPS_SUM = math.fsum(math.exp(-((k - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for k in range(WINDOW))
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,15 @@ class ObjectiveTerms:
     per_image: Tensor
 
 
-@lru_cache(maxsize=32)
 def _gaussian_band(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[length − 10, length] matrix whose product with a column is its valid 11-tap Gaussian blur."""
-    taps = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    gauss = torch.exp(-(taps**2) / (2 * SIGMA**2))
-    gauss = gauss / gauss.sum()
-    band = torch.zeros(length - WINDOW + 1, length, dtype=torch.float64)
-    for i in range(len(band)):
-        band[i, i : i + WINDOW] = gauss
-    return band.to(device, dtype)
+    """[length − 10, length] matrix whose product with a column is its valid 11-tap Gaussian blur.
+
+    Made anew each time, on the device: a cached one may be an inference tensor, with which nothing can be trained, and
+    ``torch.compile`` does not see caches.
+    """
+    k = torch.arange(length, device=device) - torch.arange(length - WINDOW + 1, device=device)[:, None]
+    taps = torch.exp(-((k - WINDOW // 2).double() ** 2) / (2 * SIGMA**2)) / TAPS_SUM
+    return torch.where((k >= 0) & (k < WINDOW), taps, 0).to(dtype)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -122,7 +121,9 @@ def objective(
     weights: ObjectiveWeights = ObjectiveWeights(),
     backend: Backend = "auto",
 ) -> ObjectiveTerms:
-    """The weighted sum and its four terms. Gradients reach ``reconstruction`` and ``logits``; x and mask are data.
+    """The weighted sum and its four terms. Gradients reach ``reconstruction`` and ``logits``, once.
+
+    x and mask are data: neither gets a gradient, even if it asks for one. The fused implementations have no second derivative.
 
     Args:
         x: target of the reconstruction, [N, C, H, W] in [0, 1], H and W at least 11.
@@ -132,18 +133,22 @@ def objective(
         backend: what computes it; ``auto`` is Triton on a GPU, C++ on a CPU, and PyTorch for float64 on a CPU.
 
     Raises:
-        ValueError: the shapes do not fit together, or the images are smaller than SSIM's window.
+        ValueError: the shapes do not fit together, the images are smaller than SSIM's window, or rho is not in (0, 1).
+        RuntimeError: in backward, a second derivative of a fused implementation is asked for.
     """
     n, _, height, width = x.shape
-    if reconstruction.shape != x.shape or {logits.shape, mask.shape} != {(n, 1, height, width)}:
+    plane = (n, 1, height, width)  # one comparison each: a set would hash sizes, which fixes them in a compiled graph
+    if reconstruction.shape != x.shape or logits.shape != plane or mask.shape != plane:
         shapes = ", ".join(str(list(t.shape)) for t in (x, reconstruction, logits, mask))
         raise ValueError(f"x and reconstruction must be [N, C, H, W], logits and mask [N, 1, H, W]; got {shapes}")
     _check_window(height, width)
+    if not 0 < weights.rho < 1:
+        raise ValueError(f"rho must lie between 0 and 1, got {weights.rho}")
     if backend == "auto" and x.device.type == "cpu" and torch.float64 in (reconstruction.dtype, logits.dtype):
         backend = "torch"
     implementation = _resolve(backend, x.device)
     if implementation == "torch":
-        terms = _reference(x, reconstruction, logits, mask, weights)
+        terms = _reference(x.detach(), reconstruction, logits, mask.detach(), weights)
         means = terms.mean(1)
         return _terms(_weighted(means, weights), means, terms)
 
@@ -184,6 +189,17 @@ def _check_window(height: int, width: int) -> None:
 
 def _full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def computed_in(*tensors: Tensor) -> torch.dtype:
+    """float64 where one of the tensors is, float32 otherwise."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def dense_format(image: Tensor) -> torch.memory_format:
+    """The memory format of the native kernels' copy of ``image`` [N, C, H, W], if they need one, and of its gradient."""
+    by_pixel = not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if by_pixel else torch.contiguous_format
 
 
 def _log_mean_sigmoid(logits: Tensor) -> Tensor:
@@ -232,29 +248,33 @@ def _forward(
 
 
 def _backward(
-    upstream: Tensor, d_reconstruction: Tensor, saved: Tensor, logits: Tensor, mask: Tensor, weights: list[float],
-    pixel_kl: bool, implementation: str, dtype: torch.dtype,
+    upstream: Tensor, d_reconstruction: Tensor, saved: Tensor, logits: Tensor | None, mask: Tensor | None,
+    weights: list[float], pixel_kl: bool, implementation: str, dtype: torch.dtype, logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of reconstruction (of type ``dtype``) and logits, given dL/dtotal. What was saved stays as it is."""
-    if implementation == "triton":
+    """The gradients of reconstruction and logits, of these types, given dL/dtotal. What was saved stays as it is.
+
+    logits, mask: None for ``native``, which has saved their gradient.
+    """
+    if logits is not None and mask is not None:
         from kernels import objective_triton
 
         w = _unflat(weights, pixel_kl)
         return objective_triton.backward(upstream, d_reconstruction, saved, logits, mask, w, dtype)
-    return (upstream * d_reconstruction).to(dtype), (upstream * saved).to(logits.dtype)
+    return (upstream * d_reconstruction).to(dtype), (upstream * saved).to(logits_dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Fused) -> None:
     _, reconstruction, logits, mask, *ctx.options, _ = inputs
-    ctx.dtype = reconstruction.dtype
-    ctx.save_for_backward(*output[3:], logits, mask)
+    ctx.dtypes = reconstruction.dtype, logits.dtype
+    made_again = (logits, mask) if ctx.options[-1] == "triton" else (None, None)
+    ctx.save_for_backward(*output[3:], *made_again)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(backward: Any, ctx: Any, upstream: Tensor | None) -> tuple[Any, ...]:
     if upstream is None:
         return (None,) * 8
-    return None, *backward(upstream, *ctx.saved_tensors, *ctx.options, ctx.dtype), None, None, None, None, None
+    return None, *backward(upstream, *ctx.saved_tensors, *ctx.options, *ctx.dtypes), None, None, None, None, None
 
 
 class _Objective(torch.autograd.Function):
@@ -268,8 +288,9 @@ class _Objective(torch.autograd.Function):
         return output[:3]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the saved gradients would be constants to what comes after
+            raise RuntimeError("the fused objective has no second derivative; backend='torch' has")
         return _gradients(_backward, ctx, upstream)
 
 
@@ -279,24 +300,24 @@ _backward_operator = torch.library.custom_op("wads::objective_backward", _backwa
 
 @_operator.register_fake
 def _(x, reconstruction, logits, mask, weights, pixel_kl, implementation, gradients) -> Fused:
-    real = torch.float64 if reconstruction.dtype == torch.float64 and implementation == "triton" else torch.float32
-    images = len(x)
+    triton, images = implementation == "triton", x.shape[0]
+    real = computed_in(reconstruction, logits) if triton else torch.float32
     total, means, per_image = (x.new_empty(shape, dtype=real) for shape in ((), (4,), (4, images)))
-    if implementation == "triton":
-        kept = torch.float32 if reconstruction.dtype == torch.float16 else reconstruction.dtype
-        saved = x.new_empty((2, images), dtype=real)
+    kept = reconstruction.dtype if triton and reconstruction.dtype != torch.float16 else torch.float32
+    saved_shape = (2, images) if triton else logits.shape if gradients else (0,)
+    saved = x.new_empty(saved_shape, dtype=real)
+    layout = torch.preserve_format if triton else dense_format(reconstruction)
+    if gradients:
+        d_reconstruction = torch.empty_like(reconstruction, dtype=kept, memory_format=layout)
     else:
-        kept = torch.float32
-        saved = x.new_empty(logits.shape if gradients else 0, dtype=kept)
-    d_reconstruction = torch.empty_like(reconstruction, dtype=kept) if gradients else x.new_empty(0, dtype=kept)
+        d_reconstruction = x.new_empty(0, dtype=kept)
     return total, means, per_image, d_reconstruction, saved
 
 
 @_backward_operator.register_fake
-def _(upstream, d_reconstruction, saved, logits, mask, weights, pixel_kl, implementation, dtype):
-    return torch.empty_like(d_reconstruction, dtype=dtype), torch.empty(
-        logits.shape, dtype=logits.dtype, device=logits.device
-    )
+def _(upstream, d_reconstruction, saved, logits, mask, weights, pixel_kl, implementation, dtype, logits_dtype):
+    shape = saved.shape if logits is None else logits.shape
+    return torch.empty_like(d_reconstruction, dtype=dtype), saved.new_empty(shape, dtype=logits_dtype)
 
 
 _operator.register_autograd(

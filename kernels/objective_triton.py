@@ -7,7 +7,9 @@
 Bytes (el = one value of one channel, px = one pixel). Launch 1 reads x and X̂ and writes dL/dX̂: 12 B/el in fp32, 6 in bf16.
 It reads logits and a uint8 mask: 5 (3) B/px. Launch 3 reads and writes dL/dX̂, 8 (4) B/el, and makes dL/dlogits anew from
 logits, mask and two numbers per image, 9 (5) B/px, less than reading one that launch 1 had written. Together 74 B/px in fp32 at
-3 channels, 38 in bf16: for 3×128×128 at 3.0 TB/s (what a copy reaches on an H100) 26 µs at B = 64 and 104 µs at B = 256.
+3 channels, 38 in bf16: for 3×128×128 at 3.0 TB/s (what a copy reaches on an H100) 26 µs at B = 64 and 104 µs at B = 256. To
+this come the staged rows (below), which L1 writes through to L2: 2 · (64 + 16) + 3 · 64 = 352 floats a turn and tile, about
+109 MB at B = 64 and 346 MB at B = 256. They need not reach HBM, but L2's writes may bind: that is left for a GPU to say.
 
 Operations: four blurs forward and three backward, 22 FMAs each, and about 60 more per element for squares, SSIM and its
 derivative: 214 lane-operations, at 132 SMs × 128 lanes × 1.755 GHz 23 µs at B = 64 and 91 µs at B = 256 for launch 1, above its
@@ -41,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.compiled import WARP_SIZE, KernelSpec
-from kernels.objective import C1, C2, SIGMA, WINDOW, ObjectiveWeights
+from kernels.objective import C1, C2, SIGMA, WINDOW, ObjectiveWeights, computed_in
 
 _GAUSS = [math.exp(-((t - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for t in range(WINDOW)]
 TAPS = tl.constexpr(tuple(g / math.fsum(_GAUSS) for g in _GAUSS))
@@ -528,12 +530,12 @@ def forward(
         gradients: whether to make dL/dX̂.
 
     Returns:
-        total [], means [4], per_image [4, N] in float32 (float64 for float64 inputs); dL/dX̂ in the reconstruction's strides
-        (empty without ``gradients``); log_areas [2, N]. The gradient has the reconstruction's type, but for float16: a loss
-        scale may lift into its range what underflows alone, so that gradient stays in float32.
+        total [], means [4], per_image [4, N] in float32 (float64 if the reconstruction or the logits are); dL/dX̂ in the
+        reconstruction's strides (empty without ``gradients``); log_areas [2, N]. The gradient has the reconstruction's type, but
+        for float16: a loss scale may lift into its range what underflows alone, so that gradient stays in float32.
     """
     images, channels, height, width = x.shape
-    real = torch.float64 if reconstruction.dtype == torch.float64 else torch.float32
+    real = computed_in(reconstruction, logits)
     logits, mask = logits.contiguous(), _bytes(mask).contiguous()
     strips, bands, rows = tiling(images, channels, height, width)
     tiles_per_image, blocks_per_image = channels * strips * bands, math.ceil(height * width / MASK_BLOCK)
@@ -572,7 +574,7 @@ def backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch 3: the gradients for reconstruction (in ``dtype``) and logits, from dL/dtotal [] and what ``forward`` returned."""
-    images, pixels = logits.shape[0], logits[0].numel()
+    images, pixels = logits.shape[0], math.prod(logits.shape[1:])
     logits, mask = logits.contiguous(), _bytes(mask).contiguous()
     dy, dlogits = torch.empty_like(saved, dtype=dtype), torch.empty_like(logits)
     elementwise, blocks_per_image = math.ceil(saved.numel() / BACKWARD_BLOCK), math.ceil(pixels / BACKWARD_BLOCK)
@@ -601,8 +603,12 @@ def _on(device: torch.device) -> Any:
 def compile_specs() -> list[KernelSpec]:
     """The variants that training uses, for the report of ``compiled.py``."""
     specs = []
-    for kind, layout in (("fp32", "contiguous"), ("bf16", "channels_last")):
-        kinds = {"x": f"*{kind}", "y": f"*{kind}", "dy": f"*{kind}", "logits": f"*{kind}", "mask": "*u8"}
+    variants = (
+        ("fp32", "fp32", "contiguous"), ("fp32", "fp32", "channels_last"), ("bf16", "bf16", "channels_last"),
+        ("fp32", "bf16", "channels_last"),
+    )  # fmt: skip
+    for of_x, kind, layout in variants:
+        kinds = {"x": f"*{of_x}", "y": f"*{kind}", "dy": f"*{kind}", "logits": f"*{kind}", "mask": "*u8"}
         kinds |= {name: "*fp32" for name in ("scratch", "tile_partials", "block_partials")}
         kinds |= {name: "i32:16" for name in ("height", "width")}
         kinds |= {
@@ -616,9 +622,8 @@ def compile_specs() -> list[KernelSpec]:
             unit, odd = ("w", "") if layout == "contiguous" else ("c", "w")
             kinds |= {f"{tensor}_{axis}": "i32" if axis == odd else "i32:16" for axis in "nchw" if axis != unit}
             constants[f"{tensor}_{unit}"] = 1
-        specs.append(
-            KernelSpec(f"objective_forward {kind} {layout}", objective_forward_kernel, kinds, constants, num_warps=1)
-        )
+        name = f"objective_forward {kind if of_x == kind else f'{of_x}/{kind}'} {layout}"
+        specs.append(KernelSpec(name, objective_forward_kernel, kinds, constants, num_warps=1))
 
     kinds = {name: "*fp32" for name in objective_reduce_kernel.arg_names[:6]}
     kinds |= {name: "i32" for name in ("images", "channels", "tiles_per_image", "blocks_per_image")}

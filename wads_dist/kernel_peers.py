@@ -11,7 +11,6 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
-from unittest import mock
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-import kernels.objective
 from kernels.objective import SIGMA, WINDOW, ObjectiveWeights, objective, sparsity_kl
 from kernels.synthesis import SynthesisSettings, synthesise, whole_images
 
@@ -155,20 +153,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _compiled_objective(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-    # Dynamo looks through lru_cache: compiled code would make the blurs' matrices on the host at every call, and copy them.
-    for length in x.shape[-2:]:
-        _BANDS[length, x.device] = _make_band(length, torch.float32, x.device)
-    with mock.patch.object(kernels.objective, "_gaussian_band", _known_band):
-        total: Tensor = _compiled(objective)(x, y, logits, mask, WEIGHTS, backend="torch").total
+    total: Tensor = _compiled(objective)(x, y, logits, mask, WEIGHTS, backend="torch").total
     return total
-
-
-_BANDS: dict[tuple[int, torch.device], Tensor] = {}
-_make_band = kernels.objective._gaussian_band
-
-
-def _known_band(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return _BANDS[length, device]
 
 
 def _dissimilarity(similarity: Tensor) -> Tensor:

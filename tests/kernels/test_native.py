@@ -1,5 +1,6 @@
 """The compiled CPU kernels against the PyTorch reference, and how they come to be compiled."""
 
+import ctypes
 import math
 import os
 import subprocess
@@ -7,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -156,11 +157,11 @@ def check(x: Tensor, y: Tensor, z: Tensor, mask: Tensor, weights: ObjectiveWeigh
 @pytest.mark.parametrize("shape", SHAPES)
 def test_objective_is_the_references(shape: tuple[int, ...], channels_last: bool) -> None:
     x, y, z, mask = inputs(shape)
-    if channels_last:
-        y = y.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y = y.to(memory_format=layout)
     check(x, y, z, mask, ObjectiveWeights(kl=1.0))
     _, dy, _ = native.objective(x, y, z, mask, ObjectiveWeights(), True)
-    assert dy is not None and dy.stride() == y.stride()
+    assert dy is not None and dy.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("form", ["area", "pixel"])
@@ -290,6 +291,58 @@ except native.NativeUnavailable as reason:
 def start(folder: Path, **extra: str) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(REPOSITORY), "TORCH_EXTENSIONS_DIR": str(folder)} | extra
     return subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_defaults_of_dtype_and_device_do_not_reach_the_kernels() -> None:
+    batch, images, settings = inputs((2, 3, 16, 16)), stored(2, 32), SynthesisSettings(image_size=16)
+
+    def results() -> list[Tensor | None]:
+        made = native.synthesise(images, images, torch.arange(2, device="cpu"), 0, settings, None, 2)
+        return [made.clean, made.anomalous, made.mask, *native.objective(*batch, ObjectiveWeights(), True)]
+
+    expected = results()
+    try:
+        for dtype, device in ((torch.float64, "cpu"), (torch.float32, "meta")):
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(device)
+            got = results()
+            torch.set_default_device(None)
+            for ours, theirs in zip(got, expected, strict=True):
+                assert ours is not None and theirs is not None
+                assert ours.dtype == theirs.dtype and ours.device == theirs.device and torch.equal(ours, theirs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def test_no_home_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(native.Path, "home", home)
+    with pytest.raises(native.NativeUnavailable, match=r"home directory.*set TORCH_EXTENSIONS_DIR"):
+        native._compile()
+
+
+@pytest.mark.parametrize("mended", [True, False])
+@pytest.mark.parametrize("damage", [b"", b"not a library"])
+def test_a_damaged_library_is_built_again_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: bytes, mended: bool
+) -> None:
+    contents, builds, run = native._compile().read_bytes() if mended else damage, [], subprocess.run
+
+    def compiler(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "-o" not in command:
+            return run(command, **options)
+        builds.append(Path(command[-1]).write_bytes(contents))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(native.subprocess, "run", compiler)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    native._compile().write_bytes(damage)
+    loaded = native._load.__wrapped__()
+    assert isinstance(loaded, ctypes.CDLL if mended else native.NativeUnavailable) and len(builds) == 2
 
 
 @pytest.mark.slow

@@ -175,10 +175,65 @@ def test_only_what_wants_a_gradient_gets_one(fixed: str) -> None:
         assert (y.grad is None) == (fixed == "reconstruction") and (logits.grad is None) == (fixed == "logits")
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_native_operator_keeps_pytorchs_rules(layout: torch.memory_format) -> None:
+def test_a_second_derivative_is_refused() -> None:
+    x, y, logits, mask = segmented((1, 3, 12, 12))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(objective(x, y, logits, mask, backend="native").total, y, create_graph=True)
+    (first,) = torch.autograd.grad(objective(x, y, logits, mask, backend="torch").total, y, create_graph=True)
+    assert first.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_x_and_mask_are_data(backend: Backend) -> None:
+    x, y, logits, mask = segmented((1, 3, 12, 12))
+    data = x.requires_grad_(), mask.float().requires_grad_()
+    total = objective(data[0], y, logits, data[1], backend=backend).total
+    assert torch.autograd.grad(total, data, allow_unused=True, retain_graph=True) == (None, None)
+    assert all(gradient is not None for gradient in torch.autograd.grad(total, (y, logits)))
+
+
+def test_native_keeps_nothing_for_backward_but_its_gradients() -> None:
+    x, y, logits, mask = segmented((2, 3, 12, 12))
+    kept: list[torch.Size] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(x, y, logits, mask, backend="native")
+    assert kept == [y.shape, logits.shape]
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_training_goes_on_after_inference(backend: Backend) -> None:
+    x, y, logits, mask = segmented((1, 3, 13, 47))  # a size that no other test has
+    with torch.inference_mode():
+        objective(x, y, logits, mask, backend=backend)
+    objective(x, y, logits, mask, backend=backend).total.backward()
+    assert y.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("rho", [0.0, 1.0, math.nan])
+def test_rho_is_between_zero_and_one(backend: Backend, rho: float) -> None:
+    x, y, logits, mask = segmented((1, 3, 12, 12))
+    with pytest.raises(ValueError, match="rho must lie between 0 and 1"):
+        objective(x, y, logits, mask, ObjectiveWeights(rho=rho), backend)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "part of channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_operator_keeps_pytorchs_rules(layout: str, dtype: torch.dtype) -> None:
     x, y, logits, mask = segmented((2, 3, 12, 16))
-    y = y.detach().to(memory_format=layout).requires_grad_()
+    y = y.detach().to(dtype)
+    if layout == "channels_last":
+        y = y.to(memory_format=torch.channels_last)
+    elif layout == "permuted":
+        y = y.transpose(-1, -2).contiguous().transpose(-1, -2)
+    elif layout == "part of channels_last":
+        y = torch.cat([y, y], 1).to(memory_format=torch.channels_last)[:, :3]
+    y.requires_grad_()
     numbers = [20.0, 1.0, 1.0, 1.0, 2.0, 0.01, 0.1]
     torch.library.opcheck(torch.ops.wads.objective.default, (x, y, logits, mask, numbers, False, "native", True))
 
@@ -192,6 +247,30 @@ def test_it_compiles_into_one_graph() -> None:
     terms.total.backward()
     assert torch.equal(terms.total, eager.total) and torch.equal(terms.per_image, eager.per_image)
     assert torch.equal(y.grad, expected[0]) and torch.equal(logits.grad, expected[1])  # type: ignore[arg-type]
+
+
+def graphs_of(backend: Backend, batches: list[int], size: int = 16) -> list[int]:
+    """How many nodes each graph has that ``torch.compile`` makes for batches of these sizes."""
+    nodes: list[int] = []
+
+    def count(module: torch.fx.GraphModule, _: object) -> object:
+        nodes.append(len(module.graph.nodes))
+        return module.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *tensors: objective(*tensors, backend=backend), fullgraph=True, backend=count)
+    for n in batches:
+        compiled(*segmented((n, 3, size, size)))
+    return nodes
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_another_batch_size_is_not_another_compilation(backend: Backend) -> None:
+    assert len(graphs_of(backend, [2, 3, 4, 5])) == 2  # the first of fixed size, the second of any
+
+
+def test_larger_images_are_no_larger_graph() -> None:
+    assert graphs_of("torch", [2], 16) == graphs_of("torch", [2], 48)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

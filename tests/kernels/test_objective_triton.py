@@ -219,6 +219,27 @@ def test_without_gradients_the_terms_are_the_same() -> None:
 
 
 @pytest.mark.interpreter
+def test_float64_logits_stay_that_beside_a_narrower_reconstruction() -> None:
+    x, reconstruction, logits, mask = inputs((1, 1, 11, 12), torch.float64)
+    batch = (x.float(), reconstruction.float(), logits, mask)
+    ours, exactly = run(batch), exact(batch)
+    assert ours[0].total.dtype == torch.float64
+    torch.testing.assert_close(ours[0].per_image, exactly[0].per_image, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(ours[2], exactly[2], rtol=0, atol=1e-12 * exactly[2].abs().max().item())
+    numbers = [2.0, 1.5, 0.5, 1.0, 2.0, 0.25, 0.125]
+    torch.library.opcheck(
+        torch.ops.wads.objective.default, (*batch, numbers, False, "triton", True), test_utils="test_faketensor"
+    )
+
+
+@pytest.mark.interpreter
+def test_no_images_have_empty_gradients() -> None:
+    terms, d_reconstruction, d_logits = run(tuple(t[:0] for t in inputs((1, 3, 11, 12))))  # type: ignore[arg-type]
+    assert terms.per_image.shape == (4, 0) and terms.total.isnan()
+    assert d_reconstruction.shape == (0, 3, 11, 12) and d_logits.shape == (0, 1, 11, 12)
+
+
+@pytest.mark.interpreter
 def test_forward_and_backward_are_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
 
@@ -274,15 +295,23 @@ def test_strips_share_out_every_column_once(width: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16),  # as a step under autocast meets them
+    ],
+)
 @pytest.mark.parametrize(
     "shape", [(64, 3, 128, 128), (256, 3, 128, 128), (5, 1, 17, 131), (3, 3, 256, 200), (2, 1, 11, 11)]
 )
 def test_gpu_is_the_reference(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: torch.memory_format
+    shape: tuple[int, int, int, int], x_dtype: torch.dtype, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     x, reconstruction, logits, mask = inputs(shape, dtype, "cuda")
-    batch = (x.to(memory_format=layout), reconstruction.to(memory_format=layout), logits, mask)
+    batch = (x.to(x_dtype, memory_format=layout), reconstruction.to(memory_format=layout), logits, mask)
     for form in ("area", "pixel"):
         weights = replace(WEIGHTS, kl_form=form)  # type: ignore[arg-type]
         ours, exactly = run(batch, weights), exact(batch, weights)
