@@ -16,25 +16,9 @@ from wads_dist.kernel_timing import Device
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 Result = Mapping[str, Any]
-
-COLOURS = {
-    "triton": "#c1272d",
-    "native": "#c1272d",
-    "torch": "#0072b2",
-    "torch.compile": "#56b4e9",
-    "pytorch-msssim + torchvision": "#009e73",
-    "kornia": "#e69f00",
-    "fussim": "#7b3294",
-    "fused-ssim": "#c2a5cf",
-    "pytorch-msssim": "#66c2a5",
-    "torchvision": "#8c6d31",
-    "anomalib": "#e69f00",
-    "DRAEM": "#009e73",
-}
 
 
 def _table(title: str, **more: Any) -> Table:
@@ -52,16 +36,6 @@ def _label(result: Result) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.{0 if value >= 100 else 1}f}" if value >= 1 else f"{value:.2g}"
-
-
-def _percent(fraction: float) -> str:
-    if fraction < 0.001:
-        return "<0.1 %"
-    return f"{100 * fraction:.{0 if fraction >= 0.0995 else 1}f} %"
-
-
-def _factor(ratio: float) -> str:
-    return f"{ratio:,.{0 if ratio >= 99.5 else 1}f}×"
 
 
 def result_tables(results: Sequence[Result], device: Device) -> Iterator[Table]:
@@ -103,8 +77,8 @@ def _add_section(table: Table, name: str, rows: Sequence[Result], warm: bool) ->
             table.add_row(_label(r), "failed", style="red")
             continue
         times = [_number(r["median_us"])] + ["host" if r["warm_us"] is None else _number(r["warm_us"])] * warm
-        fractions = [_percent(r["copy_fraction"]), _percent(r["fraction_of_roof"])]
-        table.add_row(_label(r), *times, _number(r["gbps"]), *fractions, _factor(r["median_us"] / fastest))
+        fractions = [f"{_number(100 * r[name])} %" for name in ("copy_fraction", "fraction_of_roof")]
+        table.add_row(_label(r), *times, _number(r["gbps"]), *fractions, f"{_number(r['median_us'] / fastest)}×")
 
 
 def left_out(versions: Mapping[str, str]) -> str:
@@ -115,16 +89,7 @@ def left_out(versions: Mapping[str, str]) -> str:
     return "; ".join(parts) or "every peer is installed"
 
 
-MIX = {
-    "total": "all",
-    "fma": "fma",
-    "float": "float",
-    "mufu": "mufu",
-    "integer": "int",
-    "load": "ld",
-    "store": "st",
-    "shuffle": "shfl",
-}
+MIX = dict(total="all", fma="fma", float="float", mufu="mufu", integer="int", load="ld", store="st", shuffle="shfl")
 """Classes of instructions in the tables, and their columns' names."""
 
 
@@ -154,9 +119,7 @@ def save_roofline(path: Path, results: Sequence[Result], device: Device) -> None
     for axis, kernel in zip(figure.subplots(1, len(kernels), squeeze=False)[0], kernels, strict=True):
         _roofline(axis, kernel, [r for r in results if r["kernel"] == kernel and r["median_us"]], device)
     figure.suptitle(f"{device.name}: copy {device.copy_gbps:,.0f} GB/s, peak {device.peak}", fontsize=9)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
-    temporary.replace(path)
+    figure.savefig(path, dpi=130, format="png")
 
 
 def _roofline(axis: Axes, kernel: str, results: Sequence[Result], device: Device) -> None:
@@ -174,10 +137,11 @@ def _roofline(axis: Axes, kernel: str, results: Sequence[Result], device: Device
     axis.text(high / 1.05, device.peak_gops * 1.1, f"{device.peak_gops:,.0f} G/s", ha="right", **near)
 
     batches = sorted({r["shape"][0] for r in results})
-    for r, x, y in points:
-        colour, whole = COLOURS[r["implementation"]], _is_whole(r)
-        size = 5 + 4 * batches.index(r["shape"][0]) / max(1, len(batches) - 1)
-        axis.plot(x, y, "o", ms=size, color=colour, mfc=colour if whole else "white", alpha=0.85)
+    for i, label in enumerate(dict.fromkeys(map(_label, results))):
+        own = [p for p in points if _label(p[0]) == label]
+        areas = [25 + 60 * batches.index(r["shape"][0]) / max(1, len(batches) - 1) for r, _, _ in own]
+        face = f"C{i}" if _is_whole(own[0][0]) else "white"
+        axis.scatter([x for _, x, _ in own], [y for _, _, y in own], areas, face, edgecolors=f"C{i}", label=label)
     columns: dict[float, dict[str, str]] = {}
     for r, x, _ in points:
         if _is_whole(r):
@@ -187,15 +151,8 @@ def _roofline(axis: Axes, kernel: str, results: Sequence[Result], device: Device
         text = f"{', '.join(names)}\n{next(iter(names.values()))}"
         axis.text(x, 1.01, text, transform=axis.get_xaxis_transform(), fontsize=7, color="0.35", ha="center")
 
-    shown = {_label(r): (COLOURS[r["implementation"]], _is_whole(r)) for r in results}
-    handles = [
-        Line2D([], [], marker="o", ls="", color=colour, mfc=colour if whole else "white", label=label)
-        for label, (colour, whole) in shown.items()
-    ]
-    if len(batches) > 1:
-        text = "batch " + ", ".join(map(str, batches)) + ": small to large"
-        handles.append(Line2D([], [], ls="", label=text))
-    axis.legend(handles=handles, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
+    title = f"batch {', '.join(map(str, batches))}: small to large" if len(batches) > 1 else None
+    axis.legend(title=title, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     axis.set(xlabel="operations per byte", ylabel="G operations/s")
     axis.set_title(kernel, pad=32)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
