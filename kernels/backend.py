@@ -14,7 +14,6 @@ def resolve(backend: Backend, device: torch.device) -> Literal["triton", "native
 
     Raises:
         ValueError: ``native`` was asked for tensors that are not on the CPU.
-        NativeUnavailable: ``native`` was asked for and cannot be compiled; says why.
     """
     if backend == "auto":
         if device.type != "cpu":
