@@ -532,7 +532,8 @@ def forward(
     Returns:
         total [], means [4], per_image [4, N] in float32 (float64 if the reconstruction or the logits are); dL/dX̂ in the
         reconstruction's strides (empty without ``gradients``); log_areas [2, N]. The gradient has the type of the
-        reconstruction, but for float16: a loss scale may lift into its range what underflows alone, so that gradient stays in float32.
+        reconstruction, but for float16: a loss scale may lift into its range what underflows alone, so that gradient stays
+        in float32.
     """
     images, channels, height, width = x.shape
     real = computed_in(reconstruction, logits)
