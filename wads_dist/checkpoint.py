@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ from wads_dist.checkpoint_files import PROGRESS, FileEntry, hashed_file, write_t
 from wads_dist.errors import ResumeError
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the command at the end of this file does without
+    from wads_dist.config import CheckpointConfig
     from wads_dist.distributed import Ranks
     from wads_dist.trainer import Trainer
 
@@ -180,16 +181,29 @@ def save(trainer: "Trainer", folder: Path, data: DataHashes, loss: float | None 
                 entries[PROGRESS] = out.entry()
                 files.write_manifest(partial, entries)
                 files.publish(folder, name)
-                files.retain(folder, name, trainer.config.checkpoint.keep, trainer.config.checkpoint.keep_best)
         except OSError as error:
             problem = describe(error)
         if problem:
             shutil.rmtree(partial, ignore_errors=True)
             saved = Saved(problem=problem)
         else:
+            _remove_old(folder, name, trainer.config.checkpoint)
             size = sum(entry.bytes for entry in entries.values())
             saved = Saved(folder / name, None, size, time.monotonic() - started)
     return _said(ranks.gather(saved)[0], ranks)
+
+
+def _remove_old(folder: Path, name: str, config: "CheckpointConfig") -> None:
+    try:
+        files.retain(folder, name, config.keep, config.keep_best)
+    except OSError as error:
+        _say(f"{folder}: an old checkpoint could not be removed: {describe(error)}")
+
+
+def _say(text: str) -> None:
+    """On stderr, if anyone is left to read it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _prepare(folder: Path, name: str, needed: int) -> Saved:
@@ -210,11 +224,7 @@ def _prepare(folder: Path, name: str, needed: int) -> Saved:
 def _said(saved: Saved | None, ranks: "Ranks") -> Saved:
     assert saved is not None
     if saved.problem and ranks.is_first:
-        print(
-            f"NO CHECKPOINT WRITTEN: {saved.problem}. Training goes on; the previous checkpoint is intact. Make room.",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say(f"NO CHECKPOINT WRITTEN: {saved.problem}. Training goes on; the previous checkpoint is intact. Make room.")
     return saved
 
 
@@ -285,7 +295,7 @@ def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = 
         from wads_dist import reshard
 
         if trainer.ranks.is_first:
-            print(f"{checkpoint}: from {saved['world_size']} to {trainer.ranks.world_size} ranks", flush=True)
+            _say(f"{checkpoint}: from {saved['world_size']} to {trainer.ranks.world_size} ranks")
         report("reshard", step=saved["progress"]["step"], ranks=[saved["world_size"], trainer.ranks.world_size])
         state = reshard.load(trainer, checkpoint, saved["world_size"])
     with torch.no_grad():
@@ -323,13 +333,7 @@ def choose(ranks: "Ranks", folder: Path, report: Report) -> Path | None:
             return folder / name
         if ranks.is_first:
             moved = files.quarantine(folder, name)
-            print(
-                f"DAMAGED CHECKPOINT {folder / name}, moved to {moved}:",
-                *problems,
-                sep="\n  ",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say("\n  ".join([f"DAMAGED CHECKPOINT {folder / name}, moved to {moved}:", *problems]))
         report("quarantine", checkpoint=name, problems=problems)
         ranks.barrier()
 

@@ -126,8 +126,9 @@ def partial_of(folder: Path, name: str) -> Path:
 
 def start(folder: Path, name: str) -> None:
     """An empty directory to write the checkpoint ``name`` into; what earlier crashes left behind is removed."""
-    for left in (*folder.glob(".partial-*"), *folder.glob(".removed-*")):
-        shutil.rmtree(left)
+    for kind in (".partial-*", ".removed-*", ".universal-*"):
+        for left in folder.glob(kind):
+            shutil.rmtree(left)
     partial_of(folder, name).mkdir(parents=True)
 
 
