@@ -12,7 +12,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from shards.errors import DataError
 
@@ -32,7 +32,9 @@ def load_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"is truncated or unreadable ({error or type(error).__name__}); replace the file") from error
+        # Pillow names the buffer, by its address, when it does not know the format.
+        why = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"is truncated or unreadable ({why or type(error).__name__}); replace the file") from error
     return image
 
 

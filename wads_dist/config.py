@@ -110,7 +110,7 @@ class DataConfig(_Section):
 
 
 class SynthesisConfig(_Section):
-    """How anomalous samples are made from normal images (DESIGN.md, section 3)."""
+    """How anomalous samples are made from normal images (paper, Eq 3.1)."""
 
     scale: Pair = Field((0.8, 1.0), description="range of the crop's side, as a fraction of the image: min,max")
     rotation: float = Field(10.0, ge=0, le=180, description="the crop turns by at most this many degrees either way")

@@ -1,8 +1,9 @@
 """Two DeepSpeed engines that step together or not at all.
 
-Generator and segmenter share one engine, the discriminator has the other (FIELD_NOTES' row 5 is the only pattern that is
-right at every ZeRO stage). Autocast and the loss scale are ours rather than each engine's own, because a rejected step must
-be rejected in both: DeepSpeed keeps one scaler an engine and looks for overflow only inside ``step()``, too late to agree.
+Generator and segmenter share one engine, the discriminator has the other; frozen, it is called through its module (the only
+pattern that is right at every ZeRO stage). Autocast and the loss scale are ours rather than each engine's own, because a
+rejected step must be rejected in both: DeepSpeed keeps one scaler an engine and looks for overflow only inside ``step()``, too
+late to agree.
 Parameters, gradients and optimiser state are therefore fp32 to DeepSpeed, at ZeRO 0 to 3 alike.
 """
 

@@ -33,6 +33,12 @@ class ModelWeightsError(WadsError):
     exit_code = ExitCode.BAD_CONFIG
 
 
+class LaunchError(WadsError):
+    """Ranks that cannot form one launch, because another one has their port."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
 class ResumeError(WadsError):
     """A run's folder that belongs to another configuration or data set."""
 

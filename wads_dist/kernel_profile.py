@@ -20,6 +20,7 @@ import triton
 from rich.console import Console
 
 from kernels import native
+from wads_dist.checkpoint_files import write_text
 from wads_dist.entry import REPOSITORY
 from wads_dist.errors import ExitCode
 from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS, OURS, PACKAGES, TERMS, Case, Implementation, Kernel, version
@@ -286,7 +287,7 @@ def profile_kernels(options: Options) -> ExitCode:
     if options.json == "-":
         print(text)
     elif options.json:
-        Path(options.json).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(options.json), text + "\n")
     if options.plot:
         save_roofline(options.plot, report["results"], device)
     if options.trace:

@@ -7,7 +7,9 @@ another rank ends as soon as that rank is gone, and otherwise lasts as long as i
 import json
 import os
 import queue
+import shlex
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,12 +19,21 @@ from typing import Any
 
 import torch.distributed as dist
 
-from wads_dist.errors import RankLostError, WadsError, exit_code
+from wads_dist.errors import LaunchError, RankLostError, WadsError, exit_code
 from wads_dist.pulse import BEAT_SECONDS, Standing
 
 JOIN_SECONDS = 600.0
 LOST_SECONDS = 30.0
 POLL_SECONDS = 0.1
+
+
+def launch_identity() -> str:
+    """What the ranks of one launch have in common and those of another on the same port have not: the command, and on a single
+    node the process that started them."""
+    words = [word for word in sys.argv if not word.startswith("--local_rank")]
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    started_by = [f"by {os.getppid()}"] if size == os.environ.get("WORLD_SIZE") else []
+    return shlex.join([*words, *started_by])
 
 
 class Line:
@@ -93,6 +104,7 @@ class Launch:
 
         Raises:
             WadsError: several Slurm tasks without a launcher's variables: each would train the same run on its own.
+            LaunchError: the port is another launch's.
             RankLostError: the first rank cannot be reached.
         """
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ and "RANK" not in os.environ:
@@ -111,12 +123,27 @@ class Launch:
         def connect() -> dist.TCPStore:
             return dist.TCPStore(address, port, world, is_master=hosts, wait_for_workers=False, timeout=patience)
 
+        line, mine = Line(), launch_identity()
         try:
-            return cls(rank, world, address, Line().call(connect, JOIN_SECONDS + LOST_SECONDS))
+            store = line.call(connect, JOIN_SECONDS + LOST_SECONDS)
+            if rank == 0:
+                store.set("identity", mine)
+            theirs = line.call(lambda: store.get("identity"), JOIN_SECONDS + LOST_SECONDS).decode()
         except (TimeoutError, dist.DistError) as error:
+            reason = str(error).splitlines()[0]
+            if hosts:
+                raise LaunchError(
+                    f"port {port} cannot be opened here; another launch may use it: add --master_port N ({reason})"
+                ) from None
             raise RankLostError(
-                f"rank {rank} cannot reach rank 0 at {address}:{port} ({str(error).splitlines()[0]}): is it running there?"
+                f"rank {rank} cannot reach rank 0 at {address}:{port} ({reason}): is it running there?"
             ) from None
+        if theirs != mine:
+            # Before a pulse is posted: the other launch must not learn that a rank of its own had joined and left.
+            raise LaunchError(
+                f"port {port} of {address} belongs to another launch ({theirs}): add --master_port N to this one"
+            )
+        return cls(rank, world, address, store)
 
     @property
     def is_first(self) -> bool:

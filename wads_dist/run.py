@@ -120,6 +120,8 @@ def train_categories(config: Config, launch: Launch, stop: StopRequest, held: Ex
             outcome.failed[category] = code
             if launch.is_first:
                 console.print(f"[red]{category}: failed with exit code {code}[/red]", highlight=False)
+        if launch.is_first:
+            record_summary(config.run.dir, outcome, categories, over=False)
         if stop.requested:  # too late for the category that has just ended
             raise PreemptedError("stopped as asked; the same command goes on with the next category")
     if launch.is_first:

@@ -28,7 +28,7 @@ from shards.verify import open_category
 from wads_dist import checkpoint
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, rank_samples
-from wads_dist.distributed import Ranks
+from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, exit_code
 from wads_dist.evaluate import evaluate, load_model, save_weights
@@ -148,6 +148,7 @@ def initialise(config: Config) -> Ranks:
         # Later than the supervisors, which say who hangs; a collective only says that it has waited.
         timeout=timedelta(seconds=max(1800, 2 * config.trainer.hang_timeout)),
     )
+    unname_shared_memory(ranks)
     return ranks
 
 

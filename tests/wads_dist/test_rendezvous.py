@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from wads_dist import rendezvous
-from wads_dist.errors import ExitCode, PreemptedError, RankLostError
+from wads_dist.errors import ExitCode, LaunchError, PreemptedError, RankLostError
 from wads_dist.pulse import Standing
 from wads_dist.rendezvous import Launch, Line, free_port
 
@@ -114,3 +114,20 @@ def test_a_call_hands_back_what_it_returned_or_raised() -> None:
     assert line.call(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         line.call(lambda: 1 // 0)
+
+
+def test_a_second_launch_on_the_same_port_leaves_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first rank cannot open the port; its second, which can connect, once worked on the first launch's plan."""
+    port, patience = free_port(), timedelta(seconds=60)
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False, timeout=patience)
+    store.set("identity", "launch/train.py --run.dir other")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    for rank, said in (("0", "cannot be opened"), ("1", "--run.dir other")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(LaunchError, match=said) as caught:
+            Launch.from_environment()
+        assert "--master_port" in str(caught.value)
+    # It has posted nothing: the first launch would take a pulse that ends for a rank of its own.
+    assert not store.check(["pulse/1"])

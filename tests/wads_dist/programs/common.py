@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.synthesis import Batch, synthesise
 from wads_dist.config import Config, load_config
 from wads_dist.data import synthesis_settings
-from wads_dist.distributed import Ranks
+from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -53,7 +53,9 @@ def join() -> Ranks:
     deepspeed.init_distributed(
         deepspeed.accelerator.get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
     )
-    return Ranks.from_environment()
+    ranks = Ranks.from_environment()
+    unname_shared_memory(ranks)
+    return ranks
 
 
 def small_trainer(

@@ -3,6 +3,7 @@
 At ZeRO 0 to 3 with two ranks, moving average and gradient accumulation, and with buffers that differ between the ranks.
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from lives import DATA
 
 from wads_dist import checkpoint, engines
 from wads_dist.checkpoint import random_state
-from wads_dist.distributed import Ranks
+from wads_dist.distributed import SHARED_MEMORY, Ranks
 from wads_dist.trainer import Trainer
 
 HALF, WHOLE = 2, 4
@@ -82,6 +83,8 @@ def main(base: Path) -> None:
             trainer = trainer_at(stage, ranks)
             seen = steps(trainer, HALF)
             saved = checkpoint.save(trainer, folder, DATA)
+            # DeepSpeed's, 66 MiB a rank, which would outlive every rank that is killed.
+            assert not list(SHARED_MEMORY.glob(f"deepspeed_allreduce_buffer*_{os.environ['MASTER_PORT']}_*"))
             assert saved.path == folder / f"step-{HALF:08d}" and saved.bytes > 0
             seen += steps(trainer, WHOLE)
             torch.save((everything(trainer), seen), base / f"whole-{stage}-{ranks.rank}.pt")
