@@ -1,6 +1,7 @@
 """What tests of several files share: real ranks, and a small data set."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ NOT_INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Triton decides when it is imported whether kernels are interpreted: always, but for a run of the GPU tests."""
+    # A suite that a shell started in the background ignores SIGINT, and so would every program whose Ctrl-C is tested.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     expression = config.option.markexpr
     if "gpu" not in expression or "not gpu" in expression:
         os.environ.setdefault("TRITON_INTERPRET", "1")
