@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -263,7 +263,7 @@ def quarantine(folder: Path, name: str) -> Path:
 
 
 def summary(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself; as much as can be read of a damaged one."""
+    """What a checkpoint says about itself; empty if that cannot be read."""
     try:
         meta = json.loads((checkpoint / PROGRESS).read_bytes())
         files = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
@@ -305,24 +305,29 @@ def report(checkpoint: Path, verify: bool) -> dict[str, Any]:
     }
 
 
-def show(reports: Iterable[dict[str, Any]], console: Console) -> None:
-    """A table for people."""
-    table = Table("checkpoint", "samples", "loss", "ranks", "ZeRO", "files", "MiB", "saved", "state")
-    for entry in reports:
-        size, loss = entry.get("bytes"), entry.get("loss")
-        state = ", ".join(entry["marks"])
-        if entry["problems"] is not None:
-            state = f"[red]damaged[/red] {state}" if entry["problems"] else f"good {state}"
-        table.add_row(
-            entry["path"],
-            *(str(entry.get(key, "?")) for key in ("samples",)),
-            "" if loss is None else f"{loss:.4f}",
-            *(str(entry.get(key, "?")) for key in ("world_size", "zero_stage", "files")),
-            "?" if size is None else f"{size / 2**20:.1f}",
-            str(entry.get("saved", "?")),
-            state.strip(),
-        )
-    console.print(table)
+def show(reports: Sequence[dict[str, Any]], console: Console) -> None:
+    """A table for people, one for each folder; within 80 columns."""
+    for folder in dict.fromkeys(Path(entry["path"]).parent for entry in reports):
+        table = Table(title=str(folder), title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for name in ("checkpoint", "samples", "loss", "ranks", "ZeRO", "MiB", "saved", "state"):
+            table.add_column(
+                name, justify="left" if name in ("checkpoint", "state") else "right", no_wrap=name != "state"
+            )
+        for entry in (entry for entry in reports if Path(entry["path"]).parent == folder):
+            table.add_row(Path(entry["path"]).name, *_cells(entry))
+        console.print(table)
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    state = " ".join(entry["marks"])
+    if entry["problems"] is not None:
+        state = f"[red]damaged[/red] {state}" if entry["problems"] else f"good {state}"
+    if "step" not in entry:
+        return ["?"] * 6 + [state]
+    loss = "" if entry["loss"] is None else f"{entry['loss']:.3f}"
+    when = entry["saved"][5:16].replace("T", " ")
+    size = f"{entry['bytes'] / 2**20:.0f}"
+    return [f"{entry['samples']:,}", loss, str(entry["world_size"]), str(entry["zero_stage"]), size, when, state]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
 from torch import Tensor
 
 from wads_dist.checkpoint import ENGINES, TAG, load_engines, load_rank
@@ -72,11 +73,14 @@ def convert(checkpoint: Path, universal: Path) -> str | None:
 @contextmanager
 def loading_universal(engines: Sequence[DeepSpeedEngine]) -> Iterator[None]:
     """The engines read the universal form inside (otherwise a setting of DeepSpeed's file, for the whole of a run)."""
+    level = logger.level
+    logger.setLevel("ERROR")  # it warns that models are not split over tensors
     for engine in engines:
         engine._config.load_universal_checkpoint = True
     try:
         yield
     finally:
+        logger.setLevel(level)
         for engine in engines:
             engine._config.load_universal_checkpoint = False
 
