@@ -32,6 +32,8 @@ def check_checkout() -> None:
 def leave(status: int) -> None:
     """Ends the process without the interpreter's teardown, in which threads of torch may wait for ranks that are gone, or
     abort because of them."""
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

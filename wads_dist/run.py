@@ -92,6 +92,7 @@ def train_run(config: Config) -> int:
         with ExitStack() as held:
             outcome = train_categories(config, launch, stop, held)
             launch.leave()
+        stop.leaving = True
     except BaseException as error:
         stop.leaving = True
         launch.leave_early(error)

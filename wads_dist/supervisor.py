@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from wads_dist.config import Config
-from wads_dist.errors import ExitCode
+from wads_dist.errors import ExitCode, WadsError
 from wads_dist.pulse import Listener, stalled
 from wads_dist.rendezvous import Launch, free_port
 from wads_dist.signals import ASKING, StopRequest
@@ -86,6 +86,7 @@ def supervise(config: Config, launch: Launch, stop: StopRequest, location: str, 
 
     Raises:
         RankLostError: another launched rank is gone.
+        WadsError: asked to stop, and the worker could not.
     """
     port = launch.share(f"{category}/port", str(free_port()) if launch.is_first else None)
     flag, reason = f"{category}/ended", None
@@ -113,8 +114,13 @@ def supervise(config: Config, launch: Launch, stop: StopRequest, location: str, 
             launch.raise_flag(flag, worker.result)
             _report_signal(launch, worker, category)
         result = str(int(ExitCode.RANK_LOST)) if reason == HUNG else worker.result
-        results = launch.everyone(f"{category}/result", result)
-    return first_cause(results)
+    if stop.requested and result not in ("0", str(int(ExitCode.PREEMPTED))):
+        # A launcher that ends all because one rank is gone must not wait for this one to miss that rank.
+        raise WadsError(
+            f"{category}: asked to stop, but the worker of rank {launch.rank} ended ({result}) before all had saved; the same "
+            f"command goes on from the last checkpoint"
+        )
+    return first_cause(launch.everyone(f"{category}/result", result))
 
 
 def _report_hang(config: Config, category: str, problem: str) -> None:

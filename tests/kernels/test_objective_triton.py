@@ -64,6 +64,7 @@ def check(batch: Inputs, weights: ObjectiveWeights, value: float, gradient: floa
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=gradient * theirs.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("shape", "form", "gamma"),
@@ -105,6 +106,7 @@ def test_fp32_at_training_size(channels: int, monkeypatch: pytest.MonkeyPatch) -
     check(inputs((1, channels, 128, 128)), WEIGHTS, 2e-6, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_fp32_does_not_cancel_on_a_bright_smooth_image() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -117,6 +119,7 @@ def test_fp32_does_not_cancel_on_a_bright_smooth_image() -> None:
     assert theirs < 1e-4 and ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_is_storage_alone(dtype: torch.dtype, rounding: float) -> None:

@@ -153,6 +153,7 @@ def test_tiles_make_no_difference(monkeypatch: pytest.MonkeyPatch, size: int) ->
     assert_equal(synthesise(images, images, torch.arange(4), 1, settings, backend="triton"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_half_precision_is_the_rounded_image() -> None:
     images, sample = pictures(3, 64), torch.arange(4)
@@ -186,6 +187,7 @@ def test_rows_that_are_not_there_are_not_read() -> None:
     assert rows[:, 0].tolist() == [0, 0, 0, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_seed_and_position_are_read_from_their_tensors() -> None:
     images = pictures(9, 40)
