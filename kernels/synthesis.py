@@ -283,9 +283,8 @@ def _reference(
     size = settings.image_size
     draws = draw(seed, sample, image_count, len(textures), settings)
     rows = draws.image_index if image_index is None else image_index
-    if image_index is not None and bool(
-        ((rows < 0) | (rows >= len(images))).any()
-    ):  # indexing would count from the end
+    if image_index is not None and bool(((rows < 0) | (rows >= len(images))).any()):
+        # Indexing would count negative rows from the end.
         raise IndexError(f"rows of {len(images)} images are wanted, got {rows.tolist()}")
     clean = sample_affine(images[rows], draws.image_map, size)
     anomalous, mask = clean.clone(), clean.new_zeros(len(sample), 1, size, size)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kernels.objective import ssim
@@ -34,7 +34,8 @@ class Predictions:
 def save_weights(state: dict[str, Tensor], folder: Path, config: Config, category: str) -> None:
     """Generator and segmenter as safetensors, with the configuration they need in the header."""
     temporary = folder / f".{WEIGHTS}"
-    save_file(state, temporary, metadata={"category": category, "config": config.to_toml()})
+    # Not save_file, whose files only their owner may read.
+    temporary.write_bytes(save(state, metadata={"category": category, "config": config.to_toml()}))
     temporary.replace(folder / WEIGHTS)
 
 

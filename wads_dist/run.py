@@ -138,10 +138,10 @@ def prepare(config: Config, launch: Launch, held: ExitStack) -> tuple[str, list[
     plan: dict[str, Any] = {}
     if launch.is_first:
         try:
+            check_settings(config, launch.world_size)  # before shards are built, which may take hours
             location = locate_shards(config)
             dataset = Dataset.open(location, cache=config.data.cache)
             categories = chosen_categories(config, dataset)
-            check_settings(config, launch.world_size)
             hold_run(config.run.dir, held)
             open_run(config, {name: dataset.index.categories[name].fingerprint for name in categories})
             record_summary(config.run.dir, Outcome(), categories, over=False)

@@ -275,8 +275,8 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
         events.write(
             "done", **{k: metrics[k] for k in ("pixel_auroc", "pixel_ap", "image_auroc", "seconds", "reconstruction")}
         )
-        health = metrics["reconstruction"]
-        say(f"{category}: " + ", ".join(f"{k} {v:.3f}" for k, v in health.items() if v is not None))
+        health = [f"{k} {v:.3f}" for k, v in metrics["reconstruction"].items() if v is not None]
+        say(f"{category}: {', '.join(health) or 'too few normal test images to judge the reconstructor'}")
     ranks.barrier()
 
 

@@ -41,6 +41,9 @@ def test_saved_weights_predict_as_the_model_did(config: Config, tmp_path: Path) 
     x = torch.rand(3, 3, 64, 64)
     a, b = predict(model, x, 2, CPU), predict(load_model(tmp_path, config, CPU), x, 3, CPU)
     assert torch.allclose(a.probability, b.probability, atol=1e-6) and a.probability.dtype == torch.float32
+    (tmp_path / "any other file").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # safetensors' own save_file lets nobody but the owner read
 
 
 def test_weights_that_are_absent_or_of_another_model_are_named(config: Config, tmp_path: Path) -> None:

@@ -71,20 +71,26 @@ def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tm
     assert json.loads((run / "summary.json").read_text()) == summary
 
 
+def started(run: Path, event: str, arguments: list[str]) -> "subprocess.Popen[bytes]":
+    """A run of one rank in a session of its own, once it has written ``event``."""
+    process = subprocess.Popen(
+        [sys.executable, "launch/train.py", *arguments],
+        cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not any(e["event"] == event for e in events(run, "demo_biscuit")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    return process
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(demo_shards: Path, tmp_path: Path) -> None:
     """Weights, BatchNorm buffers and moving average of a run killed between checkpoints, against the unbroken run's."""
     options = ["--data.categories", "demo_biscuit", "--checkpoint.every_steps", "2", "--trainer.ema", "0.9"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert launch(command(demo_shards, whole, *options)).returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, "launch/train.py", *command(demo_shards, broken, *options)],
-        cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not any(e["event"] == "checkpoint" for e in events(broken, "demo_biscuit")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    process = started(broken, "checkpoint", command(demo_shards, broken, *options))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "demo_biscuit" / "metrics.json").exists()
@@ -114,14 +120,7 @@ def test_an_ended_supervisor_leaves_no_worker(
     demo_shards: Path, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "launch/train.py", *command(demo_shards, run, "--trainer.samples", "100000")],
-        cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not any(e["event"] == "step" for e in events(run, "demo_biscuit")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    process = started(run, "step", command(demo_shards, run, "--trainer.samples", "100000"))
     assert len(workers_of(run)) == 1
     process.send_signal(how)
     assert process.wait(60) == code
@@ -138,6 +137,8 @@ def test_an_ended_supervisor_leaves_no_worker(
         ([], ExitCode.BAD_CONFIG, "nothing to train on"),
         (["--data.shards", "no/such/folder"], ExitCode.BAD_DATA, "no/such/folder"),
         (["--data.root", "no/such/folder"], ExitCode.BAD_DATA, "data.root no/such/folder: no such folder"),
+        # Both wrong: settings are looked at first, not after shards were built for hours.
+        (["--data.root", "no/such/folder", "--trainer.deepspeed", "no.json"], ExitCode.BAD_CONFIG, "no.json"),
     ],
 )
 def test_wrong_input_is_explained(
