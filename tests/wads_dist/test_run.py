@@ -15,8 +15,9 @@ from wads_dist import run as run_module
 from wads_dist.config import Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import ExitCode, ResumeError, WadsError
+from wads_dist.record import Outcome, mean_of, open_run, record_summary, summarise
 from wads_dist.rendezvous import Launch
-from wads_dist.run import Outcome, evaluate_run, hold_run, mean_of, open_run, record_summary, summarise, train_run
+from wads_dist.run import evaluate_run, hold_run, train_run
 from wads_dist.supervisor import first_cause
 
 SMALL = (
