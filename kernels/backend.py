@@ -1,13 +1,14 @@
 """Which implementation of a kernel runs: Triton on a GPU, compiled C++ on a CPU, or the PyTorch reference anywhere."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:  # the configuration names backends, and must be readable at once
+    import torch
 
 Backend = Literal["auto", "triton", "native", "torch"]
 
 
-def resolve(backend: Backend, device: torch.device) -> Literal["triton", "native", "torch"]:
+def resolve(backend: Backend, device: "torch.device") -> Literal["triton", "native", "torch"]:
     """The implementation that ``backend`` means on ``device``. ``triton`` on CPU tensors needs TRITON_INTERPRET=1.
 
     ``auto`` is ``triton`` on a GPU; on a CPU it is ``native``, or ``torch`` when there is no C++ compiler.

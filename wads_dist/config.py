@@ -300,6 +300,35 @@ class TrainerConfig(_Section):
         return betas
 
 
+class ParallelConfig(_Section):
+    """How the launched ranks share the categories."""
+
+    ranks_per_category: int | None = Field(
+        None,
+        ge=1,
+        description="ranks that train one category together, as a group of their own. none: as few as give every category a "
+        "group of its own, and more where ranks are left over",
+    )
+    straddle_nodes: bool = Field(False, description="a group may have ranks on several nodes")
+    categories_per_gpu: int = Field(
+        1, ge=1, le=16, description="categories that every group trains at the same time, each in processes of its own"
+    )
+    pin_cores: bool = Field(
+        False,
+        description="every worker keeps to cores of its own; on a CPU that nothing else uses, this steadies its speed",
+    )
+    attempts: int = Field(
+        3,
+        ge=1,
+        description="times a launch tries a category, each from its last checkpoint, before it counts as failed",
+    )
+    lease_seconds: float = Field(
+        60.0,
+        ge=5,
+        description="a group that has not been heard of for so long, because its node is gone, loses its category to another",
+    )
+
+
 class CheckpointConfig(_Section):
     """When a run is saved."""
 
@@ -345,6 +374,7 @@ class Config(_Section):
     model: ModelConfig = Field(ModelConfig(), description="networks")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
     trainer: TrainerConfig = Field(TrainerConfig(), description="optimisation")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="categories side by side")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="scoring")
 

@@ -5,6 +5,7 @@ and clipping are ours, and are filled in; a file that says otherwise is refused,
 and the run would silently not be the one that was asked for.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 
 from wads_dist.config import Config, ConfigError, Precision, resolve_batches
 
+MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -74,6 +76,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         if _enabled(settings.get(block)):
             problems.append(f"{path}: {block}.enabled does not belong here: use trainer.precision")
 
+    if _enabled(settings.get("tensorboard")) and importlib.util.find_spec("tensorboard") is None:
+        problems.append(f"{path}: tensorboard is enabled but not installed: pip install '.[monitor]'")
+
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if type(stage) is not int or stage not in (0, 1, 2, 3):
@@ -87,6 +92,21 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def with_monitors(settings: dict[str, Any], run: Path, category: str) -> dict[str, Any]:
+    """``settings`` with ``tensorboard`` and ``csv_monitor``, where it enables them, writing to ``RUN/monitor/CATEGORY``: by
+    DeepSpeed's defaults all categories would write to one place. A path given in the file is kept; the category is added."""
+    result = dict(settings)
+    for name in ("tensorboard", "csv_monitor"):
+        if _enabled(result.get(name)):
+            result[name] = {"output_path": str(run / "monitor")} | result[name] | {"job_name": category}
+    return result
+
+
+def without_monitors(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` for the second engine: every engine builds its own monitors, and one is enough."""
+    return {key: value for key, value in settings.items() if key not in MONITORS}
 
 
 def read_settings(config: Config) -> tuple[Path, dict[str, Any]]:

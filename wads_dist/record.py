@@ -12,7 +12,7 @@ from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, config_difference, load_config
 from wads_dist.deepspeed_config import read_settings
 from wads_dist.errors import ExitCode, ResumeError
-from wads_dist.worker import METRICS
+from wads_dist.leases import METRICS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG, DEEPSPEED, SUMMARY, CODE = "config.toml", "deepspeed.json", "summary.json", "code.json"
@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "data.root",
     "data.shards",
     "checkpoint.",
+    "parallel.",
     "trainer.log_every",
     "trainer.max_rejected",
     "trainer.hang_timeout",

@@ -1,7 +1,8 @@
 """How the launched ranks agree on what to do next, without a process group: a small key-value store on the first rank.
 
-Every rank posts a pulse to it once a second. The first rank watches all pulses, the others watch the first's; so a wait for
-another rank ends as soon as that rank is gone, and otherwise lasts as long as it needs (building shards may take hours).
+Every rank posts a pulse to it once a second. A rank watches those it depends on: the first, which holds the store, and the
+others of its group. So a wait for another rank ends as soon as that rank is gone, and otherwise lasts as long as it needs
+(building shards may take hours); a rank of another group may go without harm to this one.
 """
 
 import json
@@ -12,19 +13,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from wads_dist.errors import LaunchError, RankLostError, WadsError, exit_code
+from wads_dist.errors import LaunchError, PreemptedError, RankLostError, WadsError, exit_code
 from wads_dist.pulse import BEAT_SECONDS, Standing
 
 JOIN_SECONDS = 600.0
 LOST_SECONDS = 30.0
 POLL_SECONDS = 0.1
+STOP = "stop"
 
 
 def launch_identity() -> str:
@@ -72,7 +74,7 @@ class Peer:
     text: bytes = b""
     changed: float = 0.0
     host: str = "an unknown host"
-    standing: Standing | None = None
+    standings: dict[str, Standing] = field(default_factory=dict)
     left: tuple[int, str] | None = None
     """Exit code and reason, if it has left before the end."""
 
@@ -83,18 +85,22 @@ class Launch:
     def __init__(self, rank: int = 0, world_size: int = 1, address: str = "127.0.0.1", store: Any = None) -> None:
         self.rank, self.world_size, self.address, self.store = rank, world_size, address, store
         self.host = socket.gethostname()
-        self.standing: Standing | None = None
-        """Of this rank's worker; posted with the next pulse."""
+        self.standings: dict[str, Standing] = {}
+        """Of this rank's workers, by group; posted with the next pulse."""
+        self.stop_asked = threading.Event()
+        """A rank was asked to stop, and so all are."""
+        self.abandoned = threading.Event()
+        """This process ends at once: whatever waits here gives up."""
         self._line = Line() if store is not None else None
         self._peers: dict[int, Peer] = {}
         self._looked = time.monotonic()
         self._failure: WadsError | None = None
         self._closed = threading.Event()
+        # Thousands of ranks must not ask one store five times a second each.
+        self.poll_seconds = min(1.0, max(POLL_SECONDS, world_size / 512))
         if store is not None:
             # A rank that has not joined yet is given longer.
-            joined = time.monotonic() + JOIN_SECONDS - LOST_SECONDS
-            watched = range(1, world_size) if self.is_first else range(1)
-            self._peers = {rank: Peer(changed=joined) for rank in watched}
+            self.watch(range(1, world_size) if self.is_first else [0], JOIN_SECONDS)
             self._pulse = threading.Thread(target=self._exchange, daemon=True)
             self._pulse.start()
 
@@ -151,29 +157,13 @@ class Launch:
 
     # --- agreeing ---------------------------------------------------------------------------------------------------
 
-    def share(self, key: str, value: str | None) -> str:
-        """The first rank's ``value`` on every rank.
+    def group(self, name: str, ranks: Sequence[int], local_size: int | None = None) -> "Group":
+        """This rank's group of ``ranks``, which talk among themselves under ``name``."""
+        return Group(self, name, tuple(ranks), local_size)
 
-        Raises:
-            RankLostError: a rank is gone.
-        """
-        if self.store is None:
-            assert value is not None
-            return value
-        if self.is_first:
-            self._call("set", key, value or "")
-        return self._get(key)
-
-    def everyone(self, key: str, value: str = "") -> list[str]:
-        """Waits for all ranks; returns each one's ``value`` in rank order.
-
-        Raises:
-            RankLostError: a rank is gone.
-        """
-        if self.store is None:
-            return [value]
-        self._call("set", f"{key}/{self.rank}", value or "-")
-        return [self._get(f"{key}/{r}") for r in range(self.world_size)]
+    def everybody(self) -> "Group":
+        """All launched ranks."""
+        return self.group("", range(self.world_size))
 
     def raise_flag(self, key: str, reason: str) -> None:
         """Tells every rank ``reason``, unless one has raised this flag already."""
@@ -183,12 +173,6 @@ class Launch:
     def flag(self, key: str) -> str | None:
         """Why a flag is up; None if it is not."""
         return self._call("get", key).decode() if self.store is not None and self._call("check", [key]) else None
-
-    def _get(self, key: str) -> str:
-        while not self._call("check", [key]):
-            self.check_peers()
-            time.sleep(POLL_SECONDS)
-        return self._call("get", key).decode()
 
     def _call(self, name: str, *arguments: Any) -> Any:
         assert self._line is not None
@@ -205,66 +189,112 @@ class Launch:
 
     # --- watching ---------------------------------------------------------------------------------------------------
 
+    def watch(self, ranks: Iterable[int], patience: float = LOST_SECONDS) -> None:
+        """From now on knows whether ``ranks`` live; the first word of each may take ``patience`` seconds."""
+        until = time.monotonic() + patience - LOST_SECONDS
+        new = {rank: Peer(changed=until) for rank in ranks if rank != self.rank and rank not in self._peers}
+        self._peers = self._peers | new  # replaced, not changed: another thread reads it
+
     def _exchange(self) -> None:
         count = 0
         while not self._closed.wait(BEAT_SECONDS):
             count += 1
-            pulse = {"count": count, "host": self.host, "standing": self.standing and asdict(self.standing)}
+            standings = {group: asdict(standing) for group, standing in list(self.standings.items())}
+            pulse = {"count": count, "host": self.host, "standings": standings}
             try:
                 self._call("set", f"pulse/{self.rank}", json.dumps(pulse))
                 self._look()
+                if not self.stop_asked.is_set() and self.flag(STOP):
+                    self.stop_asked.set()
             except WadsError:
-                return  # kept in self._failure, which check_peers raises
+                return  # kept in self._failure, which check raises
 
     def _look(self) -> None:
         """Reads the pulses of the ranks this one watches: in one call, once they have all joined."""
-        unknown = [rank for rank, peer in self._peers.items() if not peer.text]
+        peers = self._peers
+        unknown = [rank for rank, peer in peers.items() if not peer.text]
         absent = {rank for rank in unknown if not self._call("check", [f"pulse/{rank}"])}
-        ranks = [rank for rank in self._peers if rank not in absent]
+        ranks = [rank for rank in peers if rank not in absent]
         texts = self._call("multi_get", [f"pulse/{rank}" for rank in ranks]) if ranks else []
         now = time.monotonic()
         for rank, text in zip(ranks, texts, strict=True):
-            peer = self._peers[rank]
+            peer = peers[rank]
             if text != peer.text:
                 pulse = json.loads(text)
                 peer.text, peer.changed, peer.host = text, now, pulse["host"]
-                peer.standing = Standing(**pulse["standing"]) if pulse.get("standing") else None
+                peer.standings = {group: Standing(**s) for group, s in pulse.get("standings", {}).items()}
                 peer.left = tuple(pulse["left"]) if "left" in pulse else None
         self._looked = now
 
-    def check_peers(self) -> None:
-        """Raises RankLostError if a rank this one depends on has left, or has not been heard of for too long."""
+    def check(self, ranks: Iterable[int]) -> None:
+        """Raises RankLostError if one of ``ranks``, which must be watched, has left, or was not heard of for too long.
+
+        Raises:
+            PreemptedError: this process ends at once.
+        """
+        if self.abandoned.is_set():
+            raise PreemptedError("stopped at once")
         if self._failure is not None:
             raise self._failure
-        for rank, peer in self._peers.items():
-            if peer.left is not None:
-                raise RankLostError(peer.left[1], peer.left[0])
-            # By the time of the last look, not now: this process may have been stopped for a while itself.
-            if self._looked - peer.changed > LOST_SECONDS:
-                silence = f"{LOST_SECONDS:.0f} s" if peer.text else f"{JOIN_SECONDS:.0f} s, since the start"
-                raise RankLostError(
-                    f"rank {rank} on {peer.host} has not been heard of for {silence}: its process or node is gone. The same "
-                    f"command goes on from the last checkpoint."
-                )
+        for rank in ranks:
+            if lost := self._lost(rank):
+                raise lost
 
-    def standings(self) -> dict[int, Standing]:
-        """Where the workers of all ranks stand that have one; complete on the first rank only."""
-        found = {self.rank: self.standing} | {rank: peer.standing for rank, peer in self._peers.items()}
-        return {rank: standing for rank, standing in sorted(found.items()) if standing is not None}
+    def _lost(self, rank: int) -> RankLostError | None:
+        peer = self._peers[rank]
+        if peer.left is not None:
+            return RankLostError(peer.left[1], peer.left[0])
+        # By the time of the last look, not now: this process may have been stopped for a while itself.
+        if self._looked - peer.changed <= LOST_SECONDS:
+            return None
+        silence = f"{LOST_SECONDS:.0f} s" if peer.text else f"{JOIN_SECONDS:.0f} s, since the start"
+        return RankLostError(
+            f"rank {rank} on {peer.host} has not been heard of for {silence}: its process or node is gone. The same command "
+            f"goes on from the last checkpoint."
+        )
+
+    def standing_of(self, rank: int, group: str) -> Standing | None:
+        """Where a rank's worker stands; None if it has none, or is not watched."""
+        standings = self.standings if rank == self.rank else self._peers[rank].standings
+        return standings.get(group)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """Waits until the first rank has concluded: a launcher ends everybody when the first process fails. The first rank
-        hosts the store, so it goes last."""
+    def finish(self) -> None:
+        """This rank has nothing more to do."""
+        if self.store is not None:
+            self._call("set", f"finished/{self.rank}", "")
+
+    def all_finished(self) -> bool:
+        """On the first rank: whether every rank has finished or is gone. On the others: whether the first has concluded.
+
+        Raises:
+            RankLostError: the first rank is gone.
+        """
         if self.store is None:
-            return
-        self.share("concluded", "yes")
+            return True
+        if not self.is_first:
+            self.check([0])
+            return bool(self._call("check", ["/concluded"]))
+        return all(self._call("check", [f"finished/{r}"]) or self._lost(r) for r in range(1, self.world_size))
+
+    def lost(self) -> dict[int, str]:
+        """The ranks that this one watches and that are gone, each with what is known of it."""
+        return {rank: str(error) for rank in self._peers if (error := self._lost(rank))}
+
+    def leave(self, code: int) -> int:
+        """Waits until the first rank has concluded with ``code``, which every rank returns: a launcher ends everybody when the
+        first process fails. The first rank hosts the store, so it goes last; it does not wait for ranks that are gone."""
+        if self.store is None:
+            return code
+        code = int(self.everybody().share("concluded", str(code) if self.is_first else None))
         self._call("set", f"left/{self.rank}", "")
         if self.is_first:
-            for rank in range(self.world_size):
-                self._get(f"left/{rank}")
+            waiting = set(range(1, self.world_size))
+            while waiting := {r for r in waiting if not self._call("check", [f"left/{r}"]) and not self._lost(r)}:
+                time.sleep(self.poll_seconds)
         self._closed.set()
+        return code
 
     def leave_early(self, error: BaseException) -> None:
         """Tells the others why this rank cannot go on, so that they need not wait to miss it."""
@@ -281,6 +311,107 @@ class Launch:
                 time.sleep(3 * BEAT_SECONDS)  # the store ends with this process; the others read it once a second
         except WadsError:
             pass
+
+
+class Group:
+    """Ranks of a launch that work on one thing together, seen by one of them. The first of them decides."""
+
+    def __init__(self, launch: Launch, name: str, ranks: tuple[int, ...], local_size: int | None = None) -> None:
+        self.launch, self.name, self.ranks = launch, name, ranks
+        self.local_size = len(ranks) if local_size is None else local_size
+        """Ranks of the group on this node."""
+        self.rank, self.world_size = ranks.index(launch.rank), len(ranks)
+        others = ranks if self.is_first else ranks[:1]
+        self.watched = sorted({*others, *(() if launch.is_first else (0,))} - {launch.rank})
+        launch.watch(self.watched)
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called again and again during every wait: what this rank holds must not expire meanwhile."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, key: str, value: str | None) -> str:
+        """The group's first rank's ``value`` on every rank of it.
+
+        Raises:
+            RankLostError: a rank of the group is gone.
+        """
+        if self.launch.store is None:
+            assert value is not None
+            return value
+        if self.is_first:
+            self.launch._call("set", f"{self.name}/{key}", value or "")
+            return value or ""
+        return self._get(f"{self.name}/{key}")
+
+    def everyone(self, key: str, value: str = "") -> list[str]:
+        """Waits for all ranks of the group; returns each one's ``value`` in rank order.
+
+        Raises:
+            RankLostError: a rank of the group is gone.
+        """
+        if self.launch.store is None:
+            return [value]
+        self.launch._call("set", f"{self.name}/{key}/{self.rank}", value or "-")
+        return [self._get(f"{self.name}/{key}/{r}") for r in range(self.world_size)]
+
+    def collect(self, key: str, value: str) -> list[str]:
+        """Each rank's ``value``, in rank order, on the group's first rank; nothing on the others, which do not wait.
+
+        Raises:
+            RankLostError: a rank of the group is gone.
+        """
+        if self.launch.store is None:
+            return [value]
+        self.launch._call("set", f"{self.name}/{key}/{self.rank}", value)
+        return [self._get(f"{self.name}/{key}/{r}") for r in range(self.world_size)] if self.is_first else []
+
+    def raise_flag(self, key: str, reason: str) -> None:
+        """Tells every rank of the group ``reason``, unless one has raised this flag already."""
+        self.launch.raise_flag(f"{self.name}/{key}", reason)
+
+    def flag(self, key: str) -> str | None:
+        """Why a flag is up; None if it is not."""
+        return self.launch.flag(f"{self.name}/{key}")
+
+    def check_peers(self) -> None:
+        """Raises RankLostError if a rank that this one depends on is gone."""
+        self.while_waiting()
+        self.launch.check(self.watched)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all its ranks live, though the launch may be lost with its first rank, which is none of them."""
+        return 0 not in self.ranks and not any(self.launch._lost(rank) for rank in self.watched if rank != 0)
+
+    def stand(self, standing: Standing | None) -> None:
+        """Where this rank's worker of the group stands now."""
+        if standing is None:
+            self.launch.standings.pop(self.name, None)
+        else:
+            self.launch.standings[self.name] = standing
+
+    def standings(self) -> dict[int, Standing]:
+        """Where the workers of all ranks of the group stand that have one, by launched rank. For its first rank."""
+        found = {rank: self.launch.standing_of(rank, self.name) for rank in self.ranks}
+        return {rank: standing for rank, standing in found.items() if standing is not None}
+
+    def _get(self, key: str) -> str:
+        while not self.launch._call("check", [key]):
+            self.check_peers()
+            time.sleep(self.launch.poll_seconds)
+        return str(self.launch._call("get", key).decode())
+
+
+def address_towards(address: str, port: int = 9) -> str:
+    """This host's own address, as ``address`` would see it; nothing is sent."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, port))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
 
 
 def free_port() -> int:

@@ -1,17 +1,16 @@
 """A run: prepares its folder, trains every category in child processes of their own, and sums up.
 
-Every launched rank is a supervisor (``supervisor.py``). For each category it starts one worker with the same rank and a fresh
-rendezvous. A worker that dies ends its peers and fails its category; the next category starts anew.
+Every launched rank is a supervisor. The ranks form groups (``groups.py``); every group takes categories from the queue in the
+run's folder (``leases.py``, ``categories.py``), and each of its ranks starts a worker for each (``supervisor.py``). A worker
+that dies ends its peers, and its category is tried again from its last checkpoint; other groups do not notice.
 """
 
 import hashlib
 import json
-import os
-import socket
+import secrets
 import sys
 import time
-from contextlib import ExitStack
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -19,25 +18,22 @@ from rich.console import Console
 
 from shards.build import build
 from shards.errors import DataError
-from shards.files import locked
 from shards.source import Dataset
+from wads_dist.categories import Plan, work
 from wads_dist.checkpoint import write_text
 from wads_dist.config import Config
 from wads_dist.data import open_texture_bank
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision
 from wads_dist.distributed import Ranks
-from wads_dist.errors import ExitCode, PreemptedError, ResumeError, WadsError, exit_code
+from wads_dist.errors import ExitCode, WadsError, exit_code
 from wads_dist.evaluate import evaluate, load_model
+from wads_dist.groups import Place, form_groups
+from wads_dist.leases import METRICS
 from wads_dist.record import Outcome, check_fingerprint, open_run, record_summary
-from wads_dist.rendezvous import Launch
+from wads_dist.rendezvous import Launch, address_towards
 from wads_dist.signals import StopRequest, stop_with_launcher, supervisor_signals
-from wads_dist.supervisor import supervise
+from wads_dist.status import Live
 from wads_dist.tables import reconstruction_table, results_table
-from wads_dist.worker import METRICS
-
-LOCK = ".lock"
-# Longer than the ranks of a launch outlive their launcher.
-LOCK_SECONDS = 45.0
 
 
 def train_run(config: Config) -> int:
@@ -45,7 +41,7 @@ def train_run(config: Config) -> int:
 
     Raises:
         ConfigError, DataError, ResumeError: before anything is trained; on every rank.
-        RankLostError: another launched rank is gone.
+        RankLostError: a launched rank that this one depends on is gone.
         PreemptedError: asked to stop while nothing was being trained, or asked twice.
     """
     config.require_data()
@@ -53,72 +49,124 @@ def train_run(config: Config) -> int:
     stop_with_launcher()
     launch = Launch.from_environment()
     try:
-        with ExitStack() as held:
-            outcome = train_categories(config, launch, stop, held)
-            launch.leave()
-        stop.leaving = True
+        plan = prepare(config, launch)
+        if launch.is_first:
+            code = train_and_record(config, plan, launch, stop)
+        else:
+            code = ExitCode.OK  # the first rank says
+            work(config, plan, launch, stop, on_tick=lambda: None)
+        stop.leaving = True  # as soon as one rank has left, a launcher may end the others
+        return launch.leave(code)
     except BaseException as error:
         stop.leaving = True
         launch.leave_early(error)
         raise
+
+
+def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopRequest) -> int:
+    """The first rank's work: its part of the training, the summary, and what people see."""
+    console, run = Console(), config.run.dir
+    queue = plan.queue(config, "", (), launch.host)
+    said: set[int] = set()
+    recorded: Outcome | None = None
+
+    def on_tick() -> None:
+        nonlocal recorded
+        for rank, reason in launch.lost().items():
+            if rank not in said:
+                said.add(rank)
+                console.print(
+                    f"{reason} Other ranks take over its categories.", style="red", highlight=False, markup=False
+                )
+        if (outcome := look()) != recorded:
+            record_summary(run, outcome, plan.categories, over=False)
+            recorded = outcome
+
+    def look() -> Outcome:
+        done = [name for name in plan.categories if (run / name / METRICS).is_file()]
+        return Outcome(done, queue.failed())
+
+    describe(config, plan, console)
+    with Live(run, plan.categories, console):
+        work(config, plan, launch, stop, on_tick)
+    outcome = look()
+    outcome.preempted = stop.requested and len(outcome.done) < len(plan.categories)
+    conclude(config, outcome, plan.categories, console)
     return outcome.status
 
 
-def train_categories(config: Config, launch: Launch, stop: StopRequest, held: ExitStack) -> Outcome:
-    """Trains the run's missing categories one after the other; the first rank records what became of them."""
-    location, categories = prepare(config, launch, held)
-    outcome = Outcome()
-    console = Console()
-    for category in categories:
-        if (config.run.dir / category / METRICS).is_file():
-            outcome.done.append(category)
-            if launch.is_first:
-                console.print(f"{category}: done already", highlight=False)
-            continue
-        code = supervise(config, launch, stop, location, category)
-        if code == ExitCode.OK:
-            outcome.done.append(category)
-        elif code == ExitCode.PREEMPTED:
-            outcome.preempted = True
-            break
-        else:
-            outcome.failed[category] = code
-            if launch.is_first:
-                console.print(f"[red]{category}: failed with exit code {code}[/red]", highlight=False)
-        if launch.is_first:
-            record_summary(config.run.dir, outcome, categories, over=False)
-        if stop.requested:  # too late for the category that has just ended
-            raise PreemptedError("stopped as asked; the same command goes on with the next category")
-    if launch.is_first:
-        conclude(config, outcome, categories, console)
-    return outcome
+def describe(config: Config, plan: Plan, console: Console) -> None:
+    """Says what is done already, who trains what is not, and who has nothing to do."""
+    for name in plan.categories:
+        if (config.run.dir / name / METRICS).is_file():
+            console.print(f"{name}: done already", highlight=False)
+    if len(plan.places) == 1:
+        return
+    sizes = {len(ranks) for ranks in plan.groups}
+    slots = len(plan.groups) * config.parallel.categories_per_gpu
+    text = f"{len(plan.places)} ranks: {slots} categories at a time, {', '.join(map(str, sizes))} ranks for each"
+    idle = len(plan.places) - sum(len(ranks) for ranks in plan.groups)
+    if idle:
+        text += f"; {idle} ranks belong to no group (parallel.ranks_per_category)"
+    elif len(plan.groups) > len(plan.categories):
+        text += (
+            f"; {len(plan.groups) - len(plan.categories)} groups have nothing to do (groups stay on their node, unless "
+        )
+        text += "parallel.straddle_nodes)"
+    console.print(text, highlight=False)
 
 
-def prepare(config: Config, launch: Launch, held: ExitStack) -> tuple[str, list[str]]:
-    """Builds shards where only images were given, opens the run's folder, and settles what is to be trained.
-
-    ``held`` keeps the folder locked on the first rank.
-    """
-    plan: dict[str, Any] = {}
+def prepare(config: Config, launch: Launch) -> Plan:
+    """Builds shards where only images were given, opens the run's folder, and settles what is to be trained and by whom."""
+    everybody = launch.everybody()
+    places = everybody.collect("place", Place.here(address_towards(launch.address)).to_json())
+    settled: dict[str, Any] = {}
     if launch.is_first:
         try:
-            check_settings(config, launch.world_size)  # before shards are built, which may take hours
-            location = locate_shards(config)
-            dataset = Dataset.open(location, cache=config.data.cache)
-            categories = chosen_categories(config, dataset)
-            hold_run(config.run.dir, held)
-            open_run(config, {name: dataset.index.categories[name].fingerprint for name in categories})
-            record_summary(config.run.dir, Outcome(), categories, over=False)
-            plan = {"location": location, "categories": categories}
+            settled = settle(config, [Place.from_json(text).node for text in places])
         except BaseException as error:
-            launch.share("plan", json.dumps({"refused": exit_code(error)}))
-            launch.leave()
+            everybody.share("plan", json.dumps({"refused": exit_code(error)}))
+            launch.leave(exit_code(error))
             raise
-    plan = json.loads(launch.share("plan", json.dumps(plan)))
-    if "refused" in plan:
-        launch.leave()
-        raise SystemExit(plan["refused"])  # the first rank says what was wrong
-    return plan["location"], plan["categories"]
+    settled = json.loads(everybody.share("plan", json.dumps(settled | {"places": places})))
+    if "refused" in settled:
+        launch.leave(settled["refused"])
+        raise SystemExit(settled["refused"])  # the first rank says what was wrong
+    return Plan(
+        settled["launch"],
+        settled["location"],
+        settled["categories"],
+        [tuple(ranks) for ranks in settled["groups"]],
+        [Place.from_json(text) for text in settled["places"]],
+    )
+
+
+def settle(config: Config, nodes: list[str]) -> dict[str, Any]:
+    """The plan, but for where the ranks are: ``nodes`` has the node of each. Opens the run's folder.
+
+    Raises:
+        ConfigError, DataError, ResumeError: what was asked for cannot be done.
+    """
+    # First what takes no time: building shards may take hours.
+    known = None if config.data.categories == ["all"] else len(config.data.categories)
+    form = partial(form_groups, nodes, config.parallel, batch=config.trainer.global_batch_size)
+    check_settings(config, len(form(categories=known or len(nodes))[0]))
+    location = locate_shards(config)
+    dataset = Dataset.open(location, cache=config.data.cache)
+    categories = chosen_categories(config, dataset)
+    groups = form(categories=len(categories))
+    deepspeed_config(config, len(groups[0]))
+    open_run(config, {name: dataset.index.categories[name].fingerprint for name in categories})
+    record_summary(config.run.dir, Outcome(), categories, over=False)
+    index = dataset.index.categories
+    # The last ones to be trained should be short: a group without a category waits for them.
+    categories.sort(key=lambda name: index[name].train + index[name].test, reverse=True)
+    return {"launch": new_launch_id(), "location": location, "categories": categories, "groups": groups}
+
+
+def new_launch_id() -> str:
+    """Sorts by time, and no two are the same."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def locate_shards(config: Config) -> str:
@@ -162,29 +210,6 @@ def check_settings(config: Config, world_size: int) -> None:
     deepspeed_config(config, world_size)
     resolve_precision(config.trainer.precision, get_accelerator().device_name())
     open_texture_bank(config.data.textures, config.data.cache)
-
-
-def hold_run(folder: Path, held: ExitStack) -> None:
-    """Locks the run's folder until ``held`` is closed or this process ends.
-
-    Raises:
-        ResumeError: another launch still uses it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
-    path.touch()
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            held.enter_context(locked(path, wait=False))
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ResumeError(
-                    f"{folder} is in use by another launch ({path.read_text()}): end that one, or give another --run.dir"
-                ) from None
-            time.sleep(1)
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
 
 
 def conclude(config: Config, outcome: Outcome, categories: list[str], console: Console) -> None:

@@ -44,6 +44,11 @@ class StopRequest:
         finally:
             self._deferring = False
 
+    def request(self) -> None:
+        """As a first signal does; several of these are one."""
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+
     def receive(self, signum: int) -> None:
         now = time.monotonic()
         if self.leaving:
@@ -53,7 +58,7 @@ class StopRequest:
         elif not self._deferring:
             self.end(ExitCode.PREEMPTED)
         elif not self.requested:
-            self.requested, self._since = True, now
+            self.request()
         elif now - self._since > SAME_SECONDS:
             self.end(ExitCode.PREEMPTED)
 
@@ -151,6 +156,11 @@ def is_launcher(arguments: list[str], below: bool) -> bool:
         # The session (``sshd: user@notty``), not the daemon, which may be restarted without harm to sessions.
         or (below and text.startswith("sshd") and "@" in text)
     )
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this machine has a process of that number which has not ended."""
+    return _start_time(pid) is not None
 
 
 def _stat(pid: int) -> list[str]:

@@ -62,6 +62,10 @@ class CategoryStatus:
     """Seconds since the last event or heartbeat, by this node's clock."""
     last_step: dict[str, Any] = field(default_factory=dict)
     """The current attempt's newest ``step`` line of ``events.jsonl``; empty before its first."""
+    last_resume: dict[str, Any] = field(default_factory=dict)
+    """The newest ``resume`` line."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Content of ``metrics.json``, once that is there."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class Tail:
         self.last: dict[str, Any] = {}
         """Newest event that says how far training is."""
         self.last_step: dict[str, Any] = {}
+        self.last_resume: dict[str, Any] = {}
 
     def read(self) -> None:
         try:
@@ -168,6 +173,7 @@ class Tail:
             if event.get("event") in ("start", "resume", "step", "preempted"):
                 self.last = event
                 self.last_step = event if event["event"] == "step" else self.last_step
+                self.last_resume = event if event["event"] == "resume" else self.last_resume
 
 
 def launches(run: Path) -> dict[str, dict[str, Any]]:
@@ -263,6 +269,8 @@ class RunReader:
             reason=end.reason if end else "",
             quiet=quiet,
             last_step=current,
+            last_resume=tail.last_resume,
+            metrics=metrics,
         )
         if state == "done":
             self.done[name] = result, now - (quiet or 0.0)
@@ -341,6 +349,19 @@ def progress_line(c: CategoryStatus) -> str:
     return f"{c.name}: {c.samples or 0:,}{total} samples  {_number(step.get('images_per_second'), 1)} img/s  {losses}{slow}"
 
 
+def news(before: CategoryStatus, now: CategoryStatus) -> Iterator[str]:
+    """What has happened to a category meanwhile, for people."""
+    if before.code and before.state == "failed" and now.attempt > before.attempt:
+        yield f"{now.name}: tried again (attempt {now.attempt}) from its last checkpoint"
+    if now.last_resume and now.last_resume != before.last_resume:
+        yield f"{now.name}: resumed at sample {now.last_resume['samples']:,} (step {now.last_resume['step']:,})"
+    if now.state == "failed" and (before.state, before.attempt) != (now.state, now.attempt):
+        yield f"{now.name}: failed with exit code {now.code}" + (f": {now.reason}" if now.reason else "")
+    if now.state == "done" != before.state:
+        health = {"pixel AUROC": now.pixel_auroc} | now.metrics.get("reconstruction", {})
+        yield f"{now.name}: done, " + ", ".join(f"{name} {_number(value, 3)}" for name, value in health.items())
+
+
 class Live:
     """Shows a run from a thread while the block works: a table on a terminal, elsewhere a line a category now and then.
 
@@ -356,12 +377,14 @@ class Live:
         self._thread = threading.Thread(target=self._watch, name="status", daemon=True)
         self._screen: RichLive | None = None
         self._printed: dict[str, tuple[float, int | None]] = {}
+        self._before: dict[str, CategoryStatus] = {}
 
     def __enter__(self) -> "Live":
         # SystemExit is what rich makes of a pipe that nobody reads any more.
         with suppress(Exception, SystemExit):
             # What was there before is no news.
-            self._printed = {c.name: (-QUIET_SECONDS, c.samples) for c in self.reader.read().categories}
+            self._before = {c.name: c for c in self.reader.read().categories}
+            self._printed = {c.name: (-QUIET_SECONDS, c.samples) for c in self._before.values()}
             if self.console.is_terminal and not self.console.is_dumb_terminal:
                 self._screen = RichLive(console=self.console, auto_refresh=False, transient=True)
                 self._screen.start()
@@ -392,7 +415,10 @@ class Live:
     def _show(self, status: RunStatus) -> None:
         if status.over:
             self.over.set()
+        lines = [line for c in status.categories for line in news(self._before.get(c.name, c), c)]
+        self._before = {c.name: c for c in status.categories}
         if self._screen:
+            self._say(lines)
             return self._screen.update(status_table(status, self.console.height), refresh=True)
         now = time.monotonic()
         for c in status.categories:
@@ -401,7 +427,13 @@ class Live:
             due = finished or (c.state == "running" and now - printed >= QUIET_SECONDS)
             if due and c.samples != samples and c.last_step:
                 self._printed[c.name] = now, c.samples
-                self.console.print(progress_line(c), highlight=False, markup=False, soft_wrap=True)
+                lines.append(progress_line(c))
+        # A category's last step comes before the news that it is done.
+        self._say(sorted(lines, key=lambda line: ": done, " in line))
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 # --- launch/status.py --------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """One rank's worker of one category, from its start to its end: watched, asked to stop, and ended.
 
 The supervisor holds no model. It passes signals on, posts where its worker stands, and ends it when a worker of another rank
-has failed, hangs, or when a rank is gone; the first rank's supervisor finds out who hangs.
+has failed, hangs, or when a rank is gone; the group's first rank finds out who hangs and keeps the category's lease alive.
 """
 
 import json
@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wads_dist.config import Config
-from wads_dist.errors import ExitCode, WadsError
-from wads_dist.pulse import Listener, stalled
-from wads_dist.rendezvous import Launch, free_port
+from wads_dist.errors import ExitCode, RankLostError, WadsError
+from wads_dist.leases import Lease
+from wads_dist.pulse import UNTIMED, Listener, stalled
+from wads_dist.rendezvous import Group
 from wads_dist.signals import ASKING, StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -26,25 +28,89 @@ WORKER = (sys.executable, "-m", "wads_dist.worker")
 POLL_SECONDS = 0.2
 # For workers whose peer has saved and ended as they are about to.
 GRACE_SECONDS = 10.0
-STOPPED, HUNG = "stopped", "hung"
+# For a group to save when the launch's first rank, which it does not need for that, is gone.
+SAVE_SECONDS = 60.0
+STOPPED, HUNG, TAKEN = "stopped", "hung", "taken over by another group"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the first rank of a group tells the others to train next."""
+
+    category: str
+    attempt: int
+    lease: str
+    address: str
+    port: int
+    nothing_left: float = 0.0
+    """Seconds that this took because all that was left was being trained by others."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Task | None":
+        """None: there is nothing left to do."""
+        return cls(**json.loads(text)) if text != "{}" else None
+
+
+@dataclass(frozen=True)
+class Worked:
+    """What became of a task."""
+
+    code: int
+    seconds: float
+    startup: float
+    """Of these, from the worker's start to its first step."""
+
+
+@dataclass(frozen=True)
+class Cores:
+    """The share of a node's processor that one worker gets."""
+
+    threads: int
+    pinned: tuple[int, ...] = ()
+    """The cores it may use; empty: it may use any."""
+
+    @classmethod
+    def share(cls, config: Config, local_rank: int, local_ranks: int, slot: int) -> "Cores":
+        """Every worker of a node as many as any other; a launcher that has bound its ranks to cores is followed."""
+        mine, slots = sorted(os.sched_getaffinity(0)), config.parallel.categories_per_gpu
+        try:
+            bound = len(mine) < len(os.sched_getaffinity(os.getppid()))
+        except OSError:
+            bound = False
+        workers, index = (slots, slot) if bound else (local_ranks * slots, local_rank * slots + slot)
+        each = max(1, len(mine) // workers)
+        first = index * each % len(mine)
+        pinned = tuple(mine[first : first + each]) if config.parallel.pin_cores else ()
+        return cls(config.trainer.threads or each, pinned)
 
 
 class Worker:
     """A worker process and what is known of it."""
 
-    def __init__(self, config: Config, launch: Launch, location: str, category: str, port: str) -> None:
+    def __init__(self, config: Config, group: Group, location: str, task: Task, cores: Cores) -> None:
         reader, writer = os.pipe()
         env = os.environ | {
-            "RANK": str(launch.rank),
-            "WORLD_SIZE": str(launch.world_size),
+            "RANK": str(group.rank),
+            "WORLD_SIZE": str(group.world_size),
             "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
-            "MASTER_ADDR": launch.address,
-            "MASTER_PORT": port,
+            # DeepSpeed reduces through shared memory when all ranks of a world are on one node.
+            "LOCAL_SIZE": str(group.local_size),
+            "LOCAL_WORLD_SIZE": str(group.local_size),
+            "MASTER_ADDR": task.address,
+            "MASTER_PORT": str(task.port),
             # torch and DeepSpeed deprecate each other's calls; a user can do nothing about it.
             "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         }
-        what = ["--run", str(config.run.dir), "--category", category, "--shards", location, "--pulse", str(writer)]
+        what = ["--run", str(config.run.dir), "--category", task.category, "--shards", location, "--pulse", str(writer)]
+        what += ["--threads", str(cores.threads), "--lease", task.lease]
+        if cores.pinned:
+            what += ["--cores", ",".join(map(str, cores.pinned))]
+        self.started = time.monotonic()
+        self.startup: float | None = None
         self.process = subprocess.Popen([*WORKER, *what], env=env, pass_fds=[writer])
         os.close(writer)
         self.listener = Listener(reader, socket.gethostname())
@@ -81,46 +147,63 @@ class Worker:
         return str(int(ExitCode.PREEMPTED) if -status in ASKING else status)
 
 
-def supervise(config: Config, launch: Launch, stop: StopRequest, location: str, category: str) -> int:
-    """Runs this rank's worker of one category to its end; the same exit code on every rank.
+def supervise(
+    config: Config, group: Group, stop: StopRequest, location: str, task: Task, cores: Cores, lease: Lease | None
+) -> Worked:
+    """Runs this rank's worker of one task to its end; the same exit code on every rank of the group.
+
+    ``lease`` is the group's first rank's. Call it while ``stop`` is deferred.
 
     Raises:
-        RankLostError: another launched rank is gone.
+        RankLostError: a rank that this one depends on is gone.
         WadsError: asked to stop, and the worker could not.
     """
-    port = launch.share(f"{category}/port", str(free_port()) if launch.is_first else None)
-    flag, reason = f"{category}/ended", None
-    with stop.deferred():
-        worker = Worker(config, launch, location, category, port)
-        try:
-            while worker.process.poll() is None:
-                launch.standing = worker.listener.standing()
-                if stop.requested:
-                    worker.ask_to_stop()
-                launch.check_peers()
-                if reason := launch.flag(flag):
-                    worker.end(reason)
-                elif launch.is_first and (problem := stalled(launch.standings(), config.trainer.hang_timeout)):
-                    _report_hang(config, category, problem)
-                    reason = HUNG
-                    launch.raise_flag(flag, reason)
-                    worker.end(reason)
-                time.sleep(POLL_SECONDS)
-        finally:
-            worker.end()
-            worker.listener.close()
-            launch.standing = None
+    category, key = task.category, f"{task.category}.{task.attempt}"
+    flag, reason = f"{key}/ended", None
+    worker = Worker(config, group, location, task, cores)
+    try:
+        while worker.process.poll() is None:
+            standing = worker.listener.standing()
+            if worker.startup is None and standing.phase != UNTIMED[0]:
+                worker.startup = time.monotonic() - worker.started
+            group.stand(standing)
+            if stop.requested:
+                worker.ask_to_stop()
+            group.check_peers()
+            if reason := group.flag(flag):
+                worker.end(reason)
+            elif lease and not lease.held:
+                reason = TAKEN
+            elif lease and (problem := stalled(group.standings(), config.trainer.hang_timeout)):
+                _report_hang(config, category, problem)
+                reason = HUNG
+            if lease and reason in (HUNG, TAKEN):
+                group.raise_flag(flag, reason)
+                worker.end(reason)
+            time.sleep(POLL_SECONDS)
+        seconds = time.monotonic() - worker.started
         if worker.process.returncode != 0:
-            launch.raise_flag(flag, worker.result)
-            _report_signal(launch, worker, category)
-        result = str(int(ExitCode.RANK_LOST)) if reason == HUNG else worker.result
+            group.raise_flag(flag, worker.result)
+            _report_signal(group, worker, category)
+    except RankLostError:
+        if group.whole:  # only the launch is lost: the group can still save
+            worker.ask_to_stop()
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(SAVE_SECONDS)
+        raise
+    finally:
+        worker.end()
+        worker.listener.close()
+        group.stand(None)
+    result = str(int(ExitCode.RANK_LOST)) if reason in (HUNG, TAKEN) else worker.result
     if stop.requested and result not in ("0", str(int(ExitCode.PREEMPTED))):
         # A launcher that ends all because one rank is gone must not wait for this one to miss that rank.
         raise WadsError(
-            f"{category}: asked to stop, but the worker of rank {launch.rank} ended ({result}) before all had saved; the same "
-            f"command goes on from the last checkpoint"
+            f"{category}: asked to stop, but the worker of rank {group.launch.rank} ended ({result}) before all had saved; the "
+            f"same command goes on from the last checkpoint"
         )
-    return first_cause(launch.everyone(f"{category}/result", result))
+    code = first_cause(group.everyone(f"{key}/result", result))
+    return Worked(code, seconds, seconds if worker.startup is None else worker.startup)
 
 
 def _report_hang(config: Config, category: str, problem: str) -> None:
@@ -131,11 +214,14 @@ def _report_hang(config: Config, category: str, problem: str) -> None:
         stream.write(json.dumps(event) + "\n")
 
 
-def _report_signal(launch: Launch, worker: Worker, category: str) -> None:
+def _report_signal(group: Group, worker: Worker, category: str) -> None:
     status = worker.process.returncode
     if status < 0 and not worker.stopped:
         name = signal.Signals(-status).name
-        print(f"{category}: the worker of rank {launch.rank} on {launch.host} was ended by {name}", file=sys.stderr)
+        print(
+            f"{category}: the worker of rank {group.launch.rank} on {group.launch.host} was ended by {name}",
+            file=sys.stderr,
+        )
 
 
 def first_cause(results: Sequence[str]) -> int:

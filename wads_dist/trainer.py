@@ -16,7 +16,7 @@ from kernels.synthesis import Batch
 from wads_dist import engines, guards
 from wads_dist.config import Config, ObjectiveConfig, resolve_batches
 from wads_dist.data import TrainingData, rank_samples
-from wads_dist.deepspeed_config import deepspeed_config, resolve_precision
+from wads_dist.deepspeed_config import deepspeed_config, resolve_precision, with_monitors, without_monitors
 from wads_dist.distributed import Ranks
 from wads_dist.errors import NotFiniteError
 from wads_dist.guards import Report, Requests, Verdict
@@ -120,10 +120,12 @@ class Trainer:
         data: TrainingData,
         requests: Callable[[], Requests] = Requests,
         pulse: Pulse | None = None,
+        category: str = "",
     ) -> None:
         """Builds networks and engines; every rank starts from the same weights, which depend on the seed only.
 
-        ``requests`` is asked at every step whether this rank wants to save or to stop; ``pulse`` is told where it stands.
+        ``requests`` is asked at every step whether this rank wants to save or to stop; ``pulse`` is told where it stands. ``category``
+        names what DeepSpeed's monitors write.
         """
         self.config, self.ranks, self.data = config, ranks, data
         self.requests, self.pulse, self.own_time = requests, pulse or Pulse(), OwnTime(ranks.device.type)
@@ -136,11 +138,10 @@ class Trainer:
             wads.generator.standardise_code(data.batch(torch.arange(CODE_SAMPLES, device=ranks.device)).clean)
         discriminator = Discriminator(config.data.image_size, config.model.width, self.precision).to(ranks.device)
         settings = deepspeed_config(config, ranks.world_size)
-        quiet = {key: value for key, value in settings.items() if key not in MONITORS}
         rate, betas = config.trainer.learning_rate, config.trainer.betas
-        self.gs = engines.initialize(wads, engines.adam(wads, rate, betas), settings)
-        # Every engine builds its own monitor; one is enough.
-        self.d = engines.initialize(discriminator, engines.adam(discriminator, rate, betas), quiet)
+        monitored = with_monitors(settings, config.run.dir, category)
+        self.gs = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)
+        self.d = engines.initialize(discriminator, engines.adam(discriminator, rate, betas), without_monitors(settings))
         self.ema = engines.ParameterAverage(self.gs.module, config.trainer.ema) if config.trainer.ema else None
         self.weights = objective_weights(config.objective)
         self.loss_scale = engines.LossScale.for_precision(self.precision)
@@ -301,6 +302,3 @@ class Trainer:
             return engines.full_state(self.gs, buffers)
         with self.ema.applied(self.gs.module):
             return engines.full_state(self.gs, buffers)
-
-
-MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")

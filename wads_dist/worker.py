@@ -6,7 +6,9 @@ DeepSpeed cannot be initialised twice in one process, and a category that dies m
 import argparse
 import contextlib
 import faulthandler
+import io
 import json
+import logging
 import math
 import os
 import signal
@@ -20,7 +22,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from kernels.philox import shuffled
 from shards.source import Dataset
@@ -30,18 +31,16 @@ from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, rank_samples
 from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
-from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, exit_code
+from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
 from wads_dist.evaluate import evaluate, load_model, save_weights
 from wads_dist.figures import save_samples
 from wads_dist.guards import Requests, slowness
+from wads_dist.leases import METRICS, still_held
 from wads_dist.pulse import Pulse
 from wads_dist.signals import StopRequest, worker_signals
 from wads_dist.trainer import Losses, Trainer
 
-METRICS, REJECTED = "metrics.json", "rejected.jsonl"
-QUIET_SECONDS = 15.0
-# A rank is called slow on the terminal from here on; events.jsonl has every rank's score.
-SLOW = 1.5
+REJECTED = "rejected.jsonl"
 
 
 class Events:
@@ -60,36 +59,6 @@ class Events:
 def finite_or_none(values: dict[str, Any]) -> dict[str, Any]:
     """A rejected step's losses are not finite, and NaN is no JSON."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-class Display:
-    """Progress for people: a live bar on a terminal, a line every few seconds elsewhere. Rank 0 only."""
-
-    def __init__(self, category: str, total: int, enabled: bool) -> None:
-        self.category, self.total, self.enabled = category, total, enabled
-        self.last_line = 0.0
-        self.bar: Progress | None = None
-        self.task = TaskID(0)
-        if enabled and sys.stdout.isatty():
-            columns = "[bold]{task.description}", BarColumn(), "{task.completed:,.0f}/{task.total:,.0f} samples"
-            self.bar = Progress(*columns, TextColumn("{task.fields[losses]}"), TimeRemainingColumn(), transient=True)
-            self.task = self.bar.add_task(category, total=total, losses="")
-            self.bar.start()
-
-    def update(self, samples: int, rate: float, losses: dict[str, float], slow: str) -> None:
-        if not self.enabled:
-            return
-        names = {"dissimilarity": "1-SSIM", "focal": "focal", "adversarial": "adv", "discriminator": "disc"}
-        text = f"{rate:.1f} img/s  " + "  ".join(f"{names[k]} {losses[k]:.4f}" for k in names) + slow
-        if self.bar:
-            self.bar.update(self.task, completed=samples, losses=text)
-        elif time.monotonic() - self.last_line > QUIET_SECONDS or samples >= self.total:
-            self.last_line = time.monotonic()
-            say(f"{self.category}: {samples:,}/{self.total:,} samples  {text}")
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
 
 
 def say(text: str) -> None:
@@ -128,10 +97,10 @@ class SkippedSamples:
         return summary | {"samples": list(images)}
 
 
-def initialise(config: Config) -> Ranks:
-    """Joins the world this process was started for and gives it its share of the node's cores."""
+def initialise(config: Config, threads: int) -> Ranks:
+    """Joins the world this process was started for."""
     ranks = Ranks.from_environment()
-    torch.set_num_threads(config.trainer.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    torch.set_num_threads(threads)
     if config.trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -141,27 +110,31 @@ def initialise(config: Config) -> Ranks:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     deepspeed.utils.logger.setLevel("WARNING")
-    deepspeed.init_distributed(
-        get_accelerator().communication_backend_name(),
-        auto_mpi_discovery=False,
-        verbose=False,
-        # Later than the supervisors, which say who hangs; a collective only says that it has waited.
-        timeout=timedelta(seconds=max(1800, 2 * config.trainer.hang_timeout)),
-    )
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a missing CUDA on every CPU
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line of praise for every operator it loads
+        deepspeed.init_distributed(
+            get_accelerator().communication_backend_name(),
+            auto_mpi_discovery=False,
+            verbose=False,
+            # Later than the supervisors, which say who hangs; a collective only says that it has waited.
+            timeout=timedelta(seconds=max(1800, 2 * config.trainer.hang_timeout)),
+        )
     unname_shared_memory(ranks)
     return ranks
 
 
-def train_category(config: Config, location: str, category: str, run: Path, stop: StopRequest, pulse: Pulse) -> None:
+def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, pulse: Pulse) -> None:
     """Trains, evaluates and records one category; resumes from its newest checkpoint.
 
     Raises:
         PreemptedError: asked to stop; saved.
+        RankLostError: another group has taken over.
     """
+    location, category, run = work.shards, work.category, work.run
     # Before the process group exists: a slow download must not run into its time-out.
     first = os.environ.get("RANK", "0") == "0"
     dataset = open_category(location, category, config.data.cache, decode_test=first)
-    ranks = initialise(config)
+    ranks = initialise(config, work.threads)
     folder = run / category
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"
@@ -173,9 +146,8 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
         minutes = config.checkpoint.every_minutes
         return Requests(stop.requested, bool(minutes) and time.monotonic() - last_save > minutes * 60)
 
-    trainer = Trainer(config, ranks, TrainingData(config, dataset, category, ranks.device), requests, pulse)
+    trainer = Trainer(config, ranks, TrainingData(config, dataset, category, ranks.device), requests, pulse, category)
     events = Events(folder, ranks.is_first)
-    display = Display(category, config.trainer.samples, ranks.is_first)
     resumed = checkpoint.resume(trainer, checkpoints, data, events.write)
     started_at, started = trainer.progress.next_sample, time.monotonic()
     events.write(
@@ -186,8 +158,6 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
         precision=trainer.precision,
         fingerprint=data.fingerprint,
     )
-    if resumed and ranks.is_first:
-        say(f"{category}: resumed at sample {started_at:,} (step {trainer.progress.step:,})")
     skipped = SkippedSamples(folder, config, dataset, category)
     seconds = [0.0] * ranks.world_size
     taken: list[float] = []  # losses of the steps taken since the last save
@@ -217,14 +187,12 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
                 slowness=scores,
                 **values,
             )
-            worst = max(scores)
-            slow = f"  slowest: rank {scores.index(worst)}, {worst:.1f} times" if worst > SLOW else ""
-            display.update(progress.next_sample, rate, values, slow)
             if ranks.is_first and trainer.gs.monitor.enabled:
                 trainer.gs.monitor.write_events([(f"train/{k}", v, progress.next_sample) for k, v in values.items()])
         due = every.every_steps is not None and progress.step % every.every_steps == 0
         if due or finished or verdict.save or verdict.stop:
             pulse.mark("save", progress.step)
+            require_lease(work.lease, ranks)
             saved = checkpoint.save(trainer, checkpoints, data, fmean(taken) if taken else None)
             last_save, unsaved = time.monotonic(), saved.problem
             taken.clear()
@@ -237,11 +205,8 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
                 seconds=round(saved.seconds, 3),
             )
 
-    try:
-        with stop.deferred():
-            spent = trainer.train(on_step)
-    finally:
-        display.close()
+    with stop.deferred():
+        spent = trainer.train(on_step)
     if stop.requested or not spent:
         events.write("preempted", step=trainer.progress.step, samples=trainer.progress.next_sample)
         outcome = f"BUT NOT SAVED ({unsaved})" if unsaved else "and saved"
@@ -270,14 +235,28 @@ def train_category(config: Config, location: str, category: str, run: Path, stop
             "fingerprint": data.fingerprint,
         }
         save_samples(folder / "samples.png", category, evaluation)
+        require_lease(work.lease, ranks)
         # Last: this file says that the category is done.
         checkpoint.write_text(folder / METRICS, json.dumps(metrics, indent=1))
         events.write(
             "done", **{k: metrics[k] for k in ("pixel_auroc", "pixel_ap", "image_auroc", "seconds", "reconstruction")}
         )
-        health = [f"{k} {v:.3f}" for k, v in metrics["reconstruction"].items() if v is not None]
-        say(f"{category}: {', '.join(health) or 'too few normal test images to judge the reconstructor'}")
+        if trainer.gs.monitor.enabled:
+            scores = {k: metrics[k] for k in ("pixel_auroc", "pixel_ap", "image_auroc") if metrics[k] is not None}
+            trainer.gs.monitor.write_events([(f"test/{k}", v, progress.next_sample) for k, v in scores.items()])
     ranks.barrier()
+
+
+def require_lease(lease: Path | None, ranks: Ranks) -> None:
+    """Before anything is published: a process that was frozen for minutes must not overwrite what its successor has done.
+
+    Raises:
+        RankLostError: the category is another group's now.
+    """
+    if lease and ranks.is_first and not still_held(lease):
+        raise RankLostError(
+            f"{lease.parent.name} was taken over by another group, because this one was silent for too long"
+        )
 
 
 def main() -> int:
@@ -285,11 +264,16 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, which holds config.toml")
     parser.add_argument("--category", required=True)
     parser.add_argument("--shards", required=True, help="location of the shards")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of this rank")
+    parser.add_argument("--cores", help="cores this rank may use, separated by commas; none: any")
+    parser.add_argument("--lease", type=Path, help="file that says that the category is this group's")
     parser.add_argument("--pulse", type=int, help="descriptor of the pipe on which the supervisor listens")
     arguments = parser.parse_args()
     stop, pulse = worker_signals(), Pulse()
     if arguments.pulse is not None:
         pulse.beat(arguments.pulse)
+    if arguments.cores:
+        os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
     rank = int(os.environ.get("RANK", 0))
     folder = arguments.run / arguments.category
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,7 +281,7 @@ def main() -> int:
     faulthandler.register(signal.SIGUSR2, stacks.open("w"))  # supervisors send it when a rank hangs
     try:
         config = load_config(["--config", str(arguments.run / "config.toml")])
-        train_category(config, arguments.shards, arguments.category, arguments.run, stop, pulse)
+        train_category(config, arguments, stop, pulse)
     except PreemptedError as error:
         if rank == 0:
             say(f"{arguments.category}: {error}")

@@ -12,6 +12,8 @@ from tests.cluster.conftest import Hosts
 from tests.wads_dist.faults.launching import CATEGORY, OPTIONS, Launched, events, launched, same_weights, summary
 from wads_dist.errors import ExitCode
 
+# One category on both hosts.
+TOGETHER = ("--parallel.straddle_nodes", "true")
 pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.slow]
 
 
@@ -22,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def start(hosts: Hosts, shards: Path, run: Path) -> Iterator[Launched]:
-    arguments = hosts.command("launch/train.py", "--data.shards", str(shards), "--run.dir", str(run), *OPTIONS)
+    arguments = hosts.command("launch/train.py", "--data.shards", str(shards), "--run.dir", str(run), *OPTIONS, *TOGETHER)
     with launched(run, arguments, run.parent / "log", **hosts.environment()) as launch:
         yield launch
 

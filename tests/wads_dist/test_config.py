@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from wads_dist.config import PRESETS, Config, ConfigError, _fields, config_difference, load_config, resolve_batches
-from wads_dist.deepspeed_config import deepspeed_config, resolve_precision
+from wads_dist.deepspeed_config import deepspeed_config, resolve_precision, with_monitors, without_monitors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -315,3 +315,12 @@ def test_precision_on_a_cpu() -> None:
     assert resolve_precision("fp32", "cpu") == "fp32"
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         resolve_precision("fp16", "cpu")
+
+
+def test_every_category_has_monitors_of_its_own(tmp_path: Path) -> None:
+    settings = {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True, "output_path": "elsewhere"}, "x": 1}
+    mine = with_monitors(settings, tmp_path, "nut")
+    assert mine["tensorboard"] == {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "nut"}
+    assert mine["csv_monitor"] == {"enabled": True, "output_path": "elsewhere", "job_name": "nut"}
+    assert with_monitors({"csv_monitor": {"enabled": False}}, tmp_path, "nut") == {"csv_monitor": {"enabled": False}}
+    assert without_monitors(settings) == {"x": 1} and "job_name" not in settings["tensorboard"]

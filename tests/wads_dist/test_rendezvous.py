@@ -51,12 +51,33 @@ def together(launches: list[Launch], act: Callable[[Launch], Any]) -> list[Any]:
 
 def test_ranks_agree_and_leave(pair: list[Launch]) -> None:
     def talk(launch: Launch) -> Any:
-        shared = launch.share("plan", f"of {launch.rank}")
-        everyone = launch.everyone("code", str(launch.rank))
-        launch.leave()
-        return shared, everyone
+        group = launch.everybody()
+        shared = group.share("plan", f"of {launch.rank}")
+        everyone = group.everyone("code", str(launch.rank))
+        return shared, everyone, launch.leave(4 if launch.is_first else 0)
 
-    assert together(pair, talk) == [("of 0", ["0", "1"])] * 2
+    assert together(pair, talk) == [("of 0", ["0", "1"], 4)] * 2
+
+
+def test_groups_talk_among_themselves(pair: list[Launch]) -> None:
+    """The same keys in two groups of one rank each."""
+
+    def talk(launch: Launch) -> Any:
+        group = launch.group(f"g{launch.rank}", [launch.rank])
+        return group.share("task", f"of {launch.rank}"), group.everyone("code", "5"), group.flag("ended")
+
+    pair[0].group("g0", [0]).raise_flag("ended", "hung")
+    assert together(pair, talk) == [("of 0", ["5"], "hung"), ("of 1", ["5"], None)]
+
+
+def test_the_first_rank_learns_who_has_finished_and_the_others_when_it_has_concluded(pair: list[Launch]) -> None:
+    first, other = pair
+    first.finish()
+    assert not first.all_finished()
+    other.finish()
+    assert first.all_finished() and not other.all_finished()
+    first.everybody().share("concluded", "0")
+    assert other.all_finished()
 
 
 def test_the_first_reason_keeps_a_flag(pair: list[Launch]) -> None:
@@ -67,11 +88,14 @@ def test_the_first_reason_keeps_a_flag(pair: list[Launch]) -> None:
 
 
 def test_the_first_rank_sees_where_all_workers_stand(pair: list[Launch]) -> None:
-    pair[0].standing, pair[1].standing = Standing(tick=5), Standing(tick=7, host="b")
+    groups = [launch.group("g0", [0, 1]) for launch in pair]
+    groups[0].stand(Standing(tick=5))
+    groups[1].stand(Standing(tick=7, host="b"))
     deadline = time.monotonic() + 20
-    while 1 not in pair[0].standings():
+    while 1 not in groups[0].standings():
         assert time.monotonic() < deadline
-    assert pair[0].standings() == {0: Standing(tick=5), 1: Standing(tick=7, host="b")}
+    assert groups[0].standings() == {0: Standing(tick=5), 1: Standing(tick=7, host="b")}
+    assert pair[0].group("g1", [0, 1]).standings() == {}
 
 
 @pytest.mark.parametrize("leaver", [0, 1])
@@ -80,11 +104,39 @@ def test_a_rank_that_leaves_early_says_why_and_ends_the_others_wait(pair: list[L
         if launch.rank == leaver:
             launch.leave_early(PreemptedError("stopped as asked"))
             return None
-        return launch.everyone("never")
+        return launch.everybody().everyone("never")
 
     error = together(pair, act)[1 - leaver]
     assert isinstance(error, RankLostError) and error.exit_code == ExitCode.PREEMPTED
     assert f"rank {leaver} on " in str(error) and "stopped as asked" in str(error)
+
+
+def test_the_loss_of_another_groups_rank_is_known_and_harms_nobody(pair: list[Launch]) -> None:
+    first, other = pair
+    alone = first.group("g0", [0])
+    other.leave_early(PreemptedError("its node was taken away"))
+    deadline = time.monotonic() + 20
+    while not first.lost():
+        assert time.monotonic() < deadline
+    alone.check_peers()
+    assert "taken away" in first.lost()[1] and first.all_finished() and first.leave(0) == 0
+
+
+def test_a_group_without_the_first_rank_is_whole_when_that_leaves(pair: list[Launch]) -> None:
+    """So it can save what it has."""
+    group = pair[1].group("g1", [1])
+    pair[0].leave_early(PreemptedError("stopped"))
+    deadline = time.monotonic() + 20
+    with pytest.raises(RankLostError, match="rank 0 on"):
+        while time.monotonic() < deadline:
+            group.check_peers()
+    assert group.whole and not pair[1].everybody().whole
+
+
+def test_what_is_abandoned_stops_waiting(pair: list[Launch]) -> None:
+    pair[0].abandoned.set()
+    with pytest.raises(PreemptedError):
+        pair[0].everybody().everyone("never")
 
 
 @pytest.mark.slow
@@ -96,7 +148,7 @@ def test_a_rank_that_falls_silent_is_named(pair: list[Launch], silent: int) -> N
                 time.sleep(0.01)  # both have been heard of
             launch._closed.set()
             return None
-        return launch.everyone("never")
+        return launch.everybody().everyone("never")
 
     error = together(pair, act)[1 - silent]
     assert isinstance(error, RankLostError) and error.exit_code == ExitCode.RANK_LOST

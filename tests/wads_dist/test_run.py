@@ -4,20 +4,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
-from wads_dist import run as run_module
 from wads_dist.config import Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import ExitCode, ResumeError, WadsError
 from wads_dist.record import Outcome, mean_of, open_run, record_summary, summarise
 from wads_dist.rendezvous import Launch
-from wads_dist.run import evaluate_run, hold_run, train_run
+from wads_dist.run import evaluate_run, train_run
 from wads_dist.supervisor import first_cause
 
 SMALL = (
@@ -213,19 +211,6 @@ def test_the_summary_says_whether_all_is_done(tmp_path: Path) -> None:
     assert (stopped["complete"], stopped["exit_code"]) == (False, ExitCode.PREEMPTED)
 
 
-def test_a_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "LOCK_SECONDS", 0.0)
-    with ExitStack() as first:
-        hold_run(tmp_path, first)
-        with (
-            ExitStack() as second,
-            pytest.raises(ResumeError, match=rf"in use by another launch \(process {os.getpid()} on "),
-        ):
-            hold_run(tmp_path, second)
-    with ExitStack() as third:
-        hold_run(tmp_path, third)
-
-
 def test_the_summary_keeps_what_other_commands_have_finished(tmp_path: Path) -> None:
     for name, value in (("a", 0.5), ("b", 1.0)):
         (tmp_path / name).mkdir()
@@ -269,4 +254,6 @@ def test_mean_of_nested_numbers_leaves_out_what_is_missing() -> None:
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     launch = Launch.from_environment()
-    assert launch.is_first and launch.share("key", "value") == "value" and launch.everyone("k", "1") == ["1"]
+    group = launch.everybody()
+    assert group.is_first and group.share("key", "value") == "value" and group.everyone("k", "1") == ["1"]
+    assert launch.all_finished() and launch.leave(4) == 4

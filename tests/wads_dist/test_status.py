@@ -19,7 +19,18 @@ from launch.status import main
 from tests.conftest import REPOSITORY, environment
 from wads_dist import status as module
 from wads_dist.errors import ExitCode
-from wads_dist.status import Live, RunReader, RunStatus, Tail, launches, rank_times, read_status, status_table
+from wads_dist.status import (
+    CategoryStatus,
+    Live,
+    RunReader,
+    RunStatus,
+    Tail,
+    launches,
+    news,
+    rank_times,
+    read_status,
+    status_table,
+)
 
 STEP = {"dissimilarity": 0.2031, "focal": 0.0123, "adversarial": 0.69, "discriminator": 0.7, "slowness": [1.0, 1.1]}
 
@@ -644,3 +655,18 @@ def test_it_starts_without_torch(run: Run) -> None:
     ended = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
     assert "rich" in imported and not imported & {"torch", "deepspeed", "numpy"}
+
+
+def test_the_news_of_a_category_are_told_once() -> None:
+    waiting = CategoryStatus("nut", "waiting")
+    resumed = CategoryStatus("nut", "running", 2, last_resume={"samples": 1600, "step": 200})
+    failed = CategoryStatus("nut", "failed", 2, code=137, reason="gone")
+    again = CategoryStatus("nut", "running", 3)
+    done = CategoryStatus(
+        "nut", "done", 3, pixel_auroc=0.98765, metrics={"reconstruction": {"ssim": 0.5, "spread": None}}
+    )
+    assert list(news(waiting, resumed)) == ["nut: resumed at sample 1,600 (step 200)"]
+    assert list(news(resumed, failed)) == ["nut: failed with exit code 137: gone"]
+    assert list(news(failed, again)) == ["nut: tried again (attempt 3) from its last checkpoint"]
+    assert list(news(again, done)) == ["nut: done, pixel AUROC 0.988, ssim 0.500, spread –"]
+    assert not [line for status in (waiting, resumed, failed, again, done) for line in news(status, status)]

@@ -21,7 +21,9 @@ OPTIONS = (
     "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
     f"--model.latent 16 --trainer.global_batch_size {BATCH} --trainer.samples {BATCH * STEPS} --trainer.log_every 1 "
     # One thread, so that the same bits come out however the ranks are spread over hosts.
-    f"--trainer.threads 1 --checkpoint.every_steps {EVERY} --data.categories {CATEGORY}"
+    f"--trainer.threads 1 --checkpoint.every_steps {EVERY} --data.categories {CATEGORY} "
+    # What ends a worker ends the launch, and is not mended by another try.
+    "--parallel.attempts 1"
 ).split()
 # Far above what anything here takes on a quiet machine; a busy one may need it.
 PATIENCE = 300.0
