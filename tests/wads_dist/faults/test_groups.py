@@ -1,0 +1,214 @@
+"""Categories side by side: 15 of them under one launch of two and of four ranks, and what a fault in one group does to the
+others.
+
+Every rank has one thread, whatever their number: sums over several threads round differently.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.wads_dist.faults.launching import Launched, events, free_port, launched, processes, summary, wait_for
+from wads_dist.errors import ExitCode
+from wads_dist.leases import attempts_of
+from wads_dist.status import rank_times
+
+pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1500)]
+STEPS = 8
+OPTIONS = (
+    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
+    f"--model.latent 16 --trainer.global_batch_size 8 --trainer.samples {8 * STEPS} --trainer.log_every 1 "
+    "--trainer.threads 1 --checkpoint.every_steps 2"
+).split()
+FOUR = ["demo_biscuit", "demo_gear", "demo_leafplate", "demo_weave"]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 15 demo categories, 8 training images each."""
+    from shards.demo import demo
+
+    out = tmp_path_factory.mktemp("all") / "shards"
+    demo(out, categories=15, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)
+    return out
+
+
+def command(shards: Path, run: Path, ranks: int, categories: list[str] | None = None, *more: str) -> list[str]:
+    """``deepspeed`` with so many ranks; the program alone for none."""
+    names = ",".join(categories or ["all"])
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    head = launcher if ranks else [sys.executable]
+    what = ["--data.shards", str(shards), "--run.dir", str(run), "--data.categories", names]
+    return [*head, "launch/train.py", *what, *OPTIONS, *more]
+
+
+def trained(run: Path) -> list[str]:
+    return sorted(path.parent.name for path in run.glob("*/weights.safetensors"))
+
+
+def same(a: Path, b: Path, category: str) -> bool:
+    """Bitwise: weights, buffers, and so all that led to them."""
+    x, y = (load_file(run / category / "weights.safetensors") for run in (a, b))
+    return x.keys() == y.keys() and all(x[name].equal(y[name]) for name in x)
+
+
+def ends_well(start: Launched, patience: float = 900) -> float:
+    code, seconds = start.ended(patience)
+    assert code == 0 and summary(start.run)["complete"], start.text()[-4000:]
+    return seconds
+
+
+@pytest.fixture(scope="module")
+def by_two(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 15 by two ranks, a group each, undisturbed."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    with launched(run, command(shards, run, 2), run.parent / "log") as start:
+        seconds = ends_well(start)
+    print(f"15 categories on 2 ranks: {seconds:.0f} s")
+    return run
+
+
+def check_nobody_idles(run: Path) -> None:
+    times = rank_times(run)
+    for rank, t in times.items():
+        print(
+            f"rank {rank}: start-up {t.startup:.1f} s, training and evaluation {t.worked:.1f} s, waited {t.waited:.2f} s "
+            f"({100 * t.idle:.2f} %), nothing left {t.nothing_left:.1f} s"
+        )
+    assert max(t.idle for t in times.values()) < 0.02 and all(t.worked > 0 for t in times.values())
+
+
+def test_fifteen_categories_come_out_the_same_on_two_and_on_four_ranks(
+    shards: Path, by_two: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with launched(run, command(shards, run, 4), tmp_path / "log") as start:
+        print(f"15 categories on 4 ranks: {ends_well(start):.0f} s")
+    assert len(trained(by_two)) == 15 and trained(run) == trained(by_two)
+    for name in trained(run):
+        assert same(run, by_two, name), name
+        assert len(attempts_of(run, name)) == 1
+    for each in (by_two, run):
+        check_nobody_idles(each)
+    assert len(rank_times(by_two)) == 2 and len(rank_times(run)) == 4
+    assert {claim.group for n in trained(run) if (claim := attempts_of(run, n)[0].claim)} == {"g0", "g1", "g2", "g3"}
+
+
+def test_groups_of_two_ranks_come_out_the_same_however_many_there_are(shards: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run, ranks in zip(runs, (2, 4), strict=True):
+        arguments = command(shards, run, ranks, FOUR[:3], "--parallel.ranks_per_category", "2")
+        with launched(run, arguments, tmp_path / "log") as start:
+            ends_well(start)
+    assert all(same(*runs, name) for name in FOUR[:3])
+    assert {event["world_size"] for name in FOUR[:3] for event in events(runs[1], "start", category=name)} == {2}
+
+
+def test_two_categories_of_one_rank_come_out_the_same_on_cores_of_their_own(
+    shards: Path, by_two: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--parallel.categories_per_gpu", "2", "--parallel.pin_cores", "true")
+    with launched(run, command(shards, run, 0, FOUR[:3], *options), tmp_path / "log") as start:
+        wait_for(lambda: len(workers(run)) == 2, "two workers run")
+        wait_for(
+            lambda: all(len(os.sched_getaffinity(p)) < (os.cpu_count() or 1) for p in workers(run)),
+            "both keep to a core",
+        )
+        cores = [os.sched_getaffinity(pid) for pid in workers(run)]
+        assert not set.intersection(*cores)
+        ends_well(start)
+    assert all(same(run, by_two, name) for name in FOUR[:3])
+
+
+def workers(run: Path) -> list[int]:
+    return [process.pid for process in processes(run) if process.kind == "worker"]
+
+
+def test_two_launches_on_one_folder_share_the_work(shards: Path, by_two: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    one = [command(shards, run, 0, FOUR) for _ in range(2)]
+    with launched(run, one[0], tmp_path / "1.log") as first, launched(run, one[1], tmp_path / "2.log") as second:
+        for start in (first, second):
+            assert start.process.wait(900) == 0, start.text()[-3000:]
+    attempts = [attempts_of(run, name) for name in FOUR]
+    assert [len(of) for of in attempts] == [1] * 4
+    assert len({attempt.claim.launch for (attempt,) in attempts if attempt.claim}) == 2
+    assert all(same(run, by_two, name) for name in FOUR)
+
+
+class TestOneRunThatThingsHappenTo:
+    """Four categories on two ranks, a group each. Every fault but the first ends the launch, and the same command goes on."""
+
+    @pytest.fixture(scope="class")
+    def run(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return tmp_path_factory.mktemp("disturbed") / "run"
+
+    def start(self, shards: Path, run: Path) -> "list[str]":
+        return command(shards, run, 2, FOUR)
+
+    def both_train(self, run: Path) -> bool:
+        """Two workers have taken a step since they started."""
+        new = [
+            e
+            for name in FOUR
+            for e in events(run, "start", "resume", "step", category=name)[-1:]
+            if e["event"] == "step"
+        ]
+        return len([e for e in new if e["samples"] < 8 * STEPS]) >= 2 and len(workers(run)) == 2
+
+    def test_a_killed_worker_is_tried_again_and_the_other_group_does_not_notice(self, shards: Path, run: Path) -> None:
+        with launched(run, self.start(shards, run), run.parent / "log") as start:
+            wait_for(lambda: self.both_train(run) or start.process.poll() is not None, "both groups train")
+            start.kill(signal.SIGKILL, "worker", 0)
+            wait_for(lambda: any(len(attempts_of(run, name)) == 2 for name in FOUR), "the category is tried again")
+            again = [name for name in FOUR if len(attempts_of(run, name)) == 2]
+            first = attempts_of(run, again[0])[0]
+            assert len(again) == 1 and first.end and first.end.code == 128 + signal.SIGKILL
+            print(f"{again[0]}: killed, and tried again; {len(workers(run))} workers")
+            wait_for(
+                lambda: events(run, "resume", category=again[0]) or (run / again[0] / "metrics.json").is_file(),
+                "it is resumed",
+            )
+            os.kill(start.pid("supervisor", 1), signal.SIGTERM)
+            code, seconds = start.ended(120)
+        print(f"SIGTERM to rank 1: both groups have saved, exit code {code} in {seconds:.1f} s")
+        record = summary(run)
+        assert code == record["exit_code"] == ExitCode.PREEMPTED and record["failed"] == {}
+
+    def test_a_killed_supervisor_ends_the_launch_and_the_other_group_saves(self, shards: Path, run: Path) -> None:
+        with launched(run, self.start(shards, run), run.parent / "log") as start:
+            wait_for(lambda: self.both_train(run) or start.process.poll() is not None, "both groups train")
+            (mine,) = (
+                n
+                for n in FOUR
+                if (a := attempts_of(run, n)) and not a[-1].end and a[-1].claim and a[-1].claim.group == "g0"
+            )
+            start.kill(signal.SIGKILL, "supervisor", 1)
+            code, seconds = start.ended(60)
+        print(f"kill -9 of the supervisor of rank 1: exit code {code}, nothing left after {seconds:.1f} s")
+        assert code not in (0, ExitCode.OK)
+        last = events(run, category=mine)[-1]["event"]
+        assert last in ("preempted", "done"), f"{mine} of the other group was not saved: {last}"
+
+    def test_a_killed_launcher_leaves_no_orphan_and_all_save(self, shards: Path, run: Path) -> None:
+        with launched(run, self.start(shards, run), run.parent / "log") as start:
+            wait_for(lambda: len(workers(run)) == 2 or start.process.poll() is not None, "both groups have workers")
+            start.kill(signal.SIGKILL, "launch")
+            code, seconds = start.ended(60)
+        print(f"kill -9 of launch.py: deepspeed exits with {code}, nothing left after {seconds:.1f} s")
+        assert not summary(run)["complete"] and summary(run)["exit_code"] == ExitCode.PREEMPTED
+
+    def test_after_all_that_everything_is_as_if_nothing_had_happened(
+        self, shards: Path, run: Path, by_two: Path
+    ) -> None:
+        with launched(run, self.start(shards, run), run.parent / "log") as start:
+            ends_well(start)
+        for name in FOUR:
+            ends = [attempt.end.code if attempt.end else None for attempt in attempts_of(run, name)]
+            print(f"{name}: attempts ended with {ends}")
+            assert same(run, by_two, name)
