@@ -5,8 +5,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from wads_dist.config import Config
 from wads_dist.entry import main
-from wads_dist.run import evaluate_run
+
+
+def evaluate(config: Config) -> int:
+    from wads_dist.run import evaluate_run  # imports DeepSpeed; a misspelled setting is told before
+
+    return evaluate_run(config)
+
 
 if __name__ == "__main__":
-    sys.exit(main(evaluate_run))
+    sys.exit(main(evaluate))

@@ -504,7 +504,7 @@ def resolve_batches(config: Config, world_size: int) -> tuple[int, int]:
 def help_text() -> str:
     """What ``--help`` prints: for each setting its type, default, allowed values and meaning."""
     lines = [
-        "usage: deepspeed launch/train.py  [--config FILE] [--SECTION.FIELD VALUE ...]",
+        "usage: deepspeed launch/train.py  [--config FILE] [--SECTION.FIELD VALUE ...] [--dry-run]",
         "       python launch/evaluate.py  [--config FILE] [--SECTION.FIELD VALUE ...]",
         "",
         "Order of precedence: command line, FILE (TOML), preset, default. Lists are separated by commas; `none` clears",

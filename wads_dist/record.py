@@ -52,7 +52,21 @@ class Outcome:
 
 
 def open_run(config: Config, fingerprints: dict[str, str]) -> None:
-    """Creates the run's folder and records configuration and code, or checks that it belongs to this configuration.
+    """Creates the run's folder, or checks that it belongs to this configuration, and records configuration and code.
+
+    Raises:
+        ResumeError: as ``check_run``.
+    """
+    settings = check_run(config, fingerprints)
+    folder = config.run.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG, config.to_toml())
+    write_text(folder / DEEPSPEED, settings)
+    write_text(folder / CODE, json.dumps(code_version(), indent=1))
+
+
+def check_run(config: Config, fingerprints: dict[str, str]) -> str:
+    """Checks that the run's folder, if there is one, belongs to this configuration; returns DeepSpeed's settings as JSON.
 
     Raises:
         ResumeError: the folder's run has other settings, or finished categories of other data; shows them.
@@ -79,10 +93,7 @@ def open_run(config: Config, fingerprints: dict[str, str]) -> None:
                 + "\n  ".join(changed)
                 + "\nGive the same settings to go on with it, or another --run.dir to start anew."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(record, config.to_toml())
-    write_text(folder / DEEPSPEED, settings)
-    write_text(folder / CODE, json.dumps(code_version(), indent=1))
+    return settings
 
 
 def check_fingerprint(metrics: Path, fingerprint: str) -> None:

@@ -10,7 +10,8 @@ import json
 import secrets
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -21,7 +22,7 @@ from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.categories import Plan, work
 from wads_dist.checkpoint import write_text
-from wads_dist.config import Config
+from wads_dist.config import Config, resolve_batches
 from wads_dist.data import open_texture_bank
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision
 from wads_dist.distributed import Ranks
@@ -29,7 +30,7 @@ from wads_dist.errors import ExitCode, WadsError, exit_code
 from wads_dist.evaluate import evaluate, load_model
 from wads_dist.groups import Place, form_groups
 from wads_dist.leases import METRICS
-from wads_dist.record import Outcome, check_fingerprint, open_run, record_summary
+from wads_dist.record import Outcome, check_fingerprint, check_run, open_run, record_summary
 from wads_dist.rendezvous import Launch, address_towards
 from wads_dist.signals import StopRequest, stop_with_launcher, supervisor_signals
 from wads_dist.status import Live
@@ -46,10 +47,10 @@ def train_run(config: Config) -> int:
     """
     config.require_data()
     stop = supervisor_signals()
-    stop_with_launcher()
+    stop_with_launcher(stop)
     launch = Launch.from_environment()
     try:
-        plan = prepare(config, launch)
+        plan = prepare(config, launch, settle_run)
         if launch.is_first:
             code = train_and_record(config, plan, launch, stop)
         else:
@@ -95,6 +96,29 @@ def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopReque
     return outcome.status
 
 
+def plan_run(config: Config) -> int:
+    """``--dry-run``: says what a run of this command would do, and writes nothing. Every launched rank calls it.
+
+    Raises:
+        ConfigError, DataError, ResumeError: what the run itself would be refused for.
+    """
+    config.require_data()
+    launch = Launch.from_environment()
+    plan = prepare(config, launch, settle_dry)
+    if launch.is_first:
+        console = Console()
+        describe(config, plan, console)
+        for number, ranks in enumerate(plan.groups):
+            nodes = dict.fromkeys(plan.places[rank].node.partition("/")[2] for rank in ranks)
+            console.print(f"group {number}: ranks {', '.join(map(str, ranks))} on {', '.join(nodes)}", highlight=False)
+        missing = [name for name in plan.categories if not (config.run.dir / name / METRICS).is_file()]
+        console.print(f"to train, in this order: {', '.join(missing) or 'nothing'}", highlight=False)
+        micro, accumulation = resolve_batches(config, len(plan.groups[0]))
+        budget = f"{config.trainer.samples:,} samples each, {config.trainer.global_batch_size} a step"
+        console.print(f"{budget} ({micro} on each rank, {accumulation} times); run: {config.run.dir}", highlight=False)
+    return launch.leave(ExitCode.OK)
+
+
 def describe(config: Config, plan: Plan, console: Console) -> None:
     """Says what is done already, who trains what is not, and who has nothing to do."""
     for name in plan.categories:
@@ -102,22 +126,19 @@ def describe(config: Config, plan: Plan, console: Console) -> None:
             console.print(f"{name}: done already", highlight=False)
     if len(plan.places) == 1:
         return
-    sizes = {len(ranks) for ranks in plan.groups}
-    slots = len(plan.groups) * config.parallel.categories_per_gpu
-    text = f"{len(plan.places)} ranks: {slots} categories at a time, {', '.join(map(str, sizes))} ranks for each"
-    idle = len(plan.places) - sum(len(ranks) for ranks in plan.groups)
-    if idle:
-        text += f"; {idle} ranks belong to no group (parallel.ranks_per_category)"
-    elif len(plan.groups) > len(plan.categories):
-        text += (
-            f"; {len(plan.groups) - len(plan.categories)} groups have nothing to do (groups stay on their node, unless "
-        )
-        text += "parallel.straddle_nodes)"
+    groups, size, at_once = len(plan.groups), len(plan.groups[0]), config.parallel.categories_per_gpu
+    text = f"{len(plan.places)} ranks: {groups} groups of {size}, {groups * at_once} categories at a time"
+    if left := len(plan.places) - groups * size:
+        text += f"; {left} ranks are in no group"
+    if groups > len(plan.categories):
+        text += f"; {groups - len(plan.categories)} groups have nothing to do"
+        if len({place.node for place in plan.places}) > 1 and not config.parallel.straddle_nodes:
+            text += " (--parallel.straddle_nodes true makes groups over several nodes)"
     console.print(text, highlight=False)
 
 
-def prepare(config: Config, launch: Launch) -> Plan:
-    """Builds shards where only images were given, opens the run's folder, and settles what is to be trained and by whom."""
+def prepare(config: Config, launch: Launch, settle: Callable[[Config, list[str]], dict[str, Any]]) -> Plan:
+    """What is to be trained and by whom, as ``settle`` decides on the first rank."""
     everybody = launch.everybody()
     places = everybody.collect("place", Place.here(address_towards(launch.address)).to_json())
     settled: dict[str, Any] = {}
@@ -141,27 +162,51 @@ def prepare(config: Config, launch: Launch) -> Plan:
     )
 
 
-def settle(config: Config, nodes: list[str]) -> dict[str, Any]:
-    """The plan, but for where the ranks are: ``nodes`` has the node of each. Opens the run's folder.
+def settle_run(config: Config, nodes: list[str]) -> dict[str, Any]:
+    """The plan, but for where the ranks are: ``nodes`` has the node of each. Builds shards where only images were given, and
+    opens the run's folder.
 
     Raises:
         ConfigError, DataError, ResumeError: what was asked for cannot be done.
     """
     # First what takes no time: building shards may take hours.
     known = None if config.data.categories == ["all"] else len(config.data.categories)
-    form = partial(form_groups, nodes, config.parallel, batch=config.trainer.global_batch_size)
-    check_settings(config, len(form(categories=known or len(nodes))[0]))
+    check_settings(config, len(form(config, nodes, known or len(nodes))[0]))
     location = locate_shards(config)
+    settled, fingerprints = settle(config, nodes, location)
+    open_run(config, fingerprints)
+    record_summary(config.run.dir, Outcome(), settled["categories"], over=False)
+    return settled
+
+
+def settle_dry(config: Config, nodes: list[str]) -> dict[str, Any]:
+    """As ``settle_run``, but nothing is built or written."""
+    location = config.data.shards or str(built_location(config))
+    if config.data.shards is None and not Path(location).is_dir():
+        raise DataError(
+            f"data.root {config.data.root}: its shards are not built yet, and --dry-run builds none; without it they are"
+        )
+    settled, fingerprints = settle(config, nodes, location)
+    check_settings(config, len(settled["groups"][0]))
+    check_run(config, fingerprints)
+    return settled
+
+
+def settle(config: Config, nodes: list[str], location: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Categories and groups, and each category's fingerprint."""
     dataset = Dataset.open(location, cache=config.data.cache)
-    categories = chosen_categories(config, dataset)
-    groups = form(categories=len(categories))
-    deepspeed_config(config, len(groups[0]))
-    open_run(config, {name: dataset.index.categories[name].fingerprint for name in categories})
-    record_summary(config.run.dir, Outcome(), categories, over=False)
     index = dataset.index.categories
+    categories = chosen_categories(config, dataset)
+    groups = form(config, nodes, len(categories))
+    deepspeed_config(config, len(groups[0]))
+    fingerprints = {name: index[name].fingerprint for name in categories}
     # The last ones to be trained should be short: a group without a category waits for them.
     categories.sort(key=lambda name: index[name].train + index[name].test, reverse=True)
-    return {"launch": new_launch_id(), "location": location, "categories": categories, "groups": groups}
+    return {"launch": new_launch_id(), "location": location, "categories": categories, "groups": groups}, fingerprints
+
+
+def form(config: Config, nodes: list[str], categories: int) -> list[tuple[int, ...]]:
+    return form_groups(nodes, config.parallel, categories, config.trainer.global_batch_size)
 
 
 def new_launch_id() -> str:
@@ -177,11 +222,17 @@ def locate_shards(config: Config) -> str:
     assert root is not None
     if not root.is_dir():
         raise DataError(f"data.root {root}: no such folder; give the folder that holds the images")
-    name = f"{root.resolve().name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]}"
-    out = config.data.cache / "built" / name
+    out = built_location(config)
     wanted = None if config.data.categories == ["all"] else config.data.categories
     build(root, out, wanted, overwrite=True, progress=sys.stderr.isatty())
     return str(out)
+
+
+def built_location(config: Config) -> Path:
+    """Where the shards of ``data.root`` are, or will be."""
+    assert config.data.root is not None
+    root = config.data.root.resolve()
+    return config.data.cache / "built" / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
 
 
 def chosen_categories(config: Config, dataset: Dataset) -> list[str]:

@@ -104,13 +104,15 @@ def worker_signals() -> StopRequest:
     return request
 
 
-def stop_with_launcher() -> None:
+def stop_with_launcher(stop: StopRequest) -> None:
     """Asks this process to stop soon after a launcher above it has died, and sees to it that it is gone in half a minute."""
     launchers = _launchers_above()
 
     def watch() -> None:
         while all(_start_time(pid) == start for pid, start in launchers):
             time.sleep(1)
+        if stop.leaving:
+            return  # Ctrl-C, for one, ends all of them at once
         _say("the launcher is gone: saving and ending; the same command goes on from there")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)

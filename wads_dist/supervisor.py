@@ -101,6 +101,8 @@ class Worker:
             "LOCAL_WORLD_SIZE": str(group.local_size),
             "MASTER_ADDR": task.address,
             "MASTER_PORT": str(task.port),
+            # torchrun's agent holds the store of the launch; that of a category's world is its first worker's.
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
             # torch and DeepSpeed deprecate each other's calls; a user can do nothing about it.
             "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),

@@ -57,9 +57,6 @@ def test_tasks_of_slurm_save_on_sigusr1_and_go_on(demo_shards: Path, tmp_path: P
     assert events(run, "resume")[-1]["step"] > 0 and summary(run)["complete"]
 
 
-@pytest.mark.xfail(
-    run=False, reason="workers inherit torchrun's TORCHELASTIC_USE_AGENT_STORE and wait for a store for ever"
-)
 def test_a_pod_saves_on_sigterm_and_its_successor_goes_on(demo_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trainer = list(yaml.safe_load_all((CLUSTER / "trainjob.yaml").read_text()))[1]["spec"]["trainer"]
