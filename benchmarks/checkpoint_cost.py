@@ -47,7 +47,7 @@ def build(batch: int) -> Trainer:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     options = f"--config configs/mvtec.toml --data.shards none --trainer.global_batch_size {batch}".split()
     config = load_config(options)
-    ranks = initialise(config)
+    ranks = initialise(config, os.cpu_count() or 1)
     trainer = Trainer(config, ranks, RandomImages(config, ranks.device))  # type: ignore[arg-type]
     trainer.step(0)
     return trainer

@@ -33,6 +33,9 @@ step "tests" "$python" -m pytest -m gpu tests
 step "kernels" "$python" launch/profile_kernels.py --json "benchmarks/results/$device.json" --plot "benchmarks/results/$device.png"
 step "demo shards" "$python" -m shards demo --out .data/demo --categories 2
 train demo --config configs/demo.toml
+# PYTHONPATH: the checkout is not installed there.
+PYTHONPATH=. step "categories on one GPU" "$python" benchmarks/categories_per_gpu.py --samples 8000 \
+  --json "benchmarks/results/$device-categories.json"
 if [ -d "${WADS_REAL_DATA:-}" ]; then
   train hazelnut --config configs/hazelnut.toml --data.root "$WADS_REAL_DATA"
 fi
