@@ -187,17 +187,18 @@ def work(config: Config, plan: Plan, launch: Launch, stop: StopRequest, on_tick:
 
 
 def _tick(launch: Launch, plan: Plan, stop: StopRequest, on_tick: Callable[[], None]) -> None:
+    launch.gone = frozenset(rank for rank in plan.neighbours(launch.rank) if not is_alive(plan.places[rank].pid))
     _spread_stop(launch, plan, stop)
     on_tick()
     time.sleep(launch.poll_seconds)
 
 
 def _spread_stop(launch: Launch, plan: Plan, stop: StopRequest) -> None:
-    """A launch stops as a whole. But the signals of a launcher that ends its node because one of its ranks has died concern that
-    node alone; the other nodes go on."""
+    """A launch stops as a whole. But the signals of a launcher that ends its node because one of its ranks has died concern
+    that node alone; the other nodes go on."""
     if launch.stop_asked.is_set():
         stop.request()
-    elif stop.requested and all(is_alive(plan.places[rank].pid) for rank in plan.neighbours(launch.rank)):
+    elif stop.requested and not launch.gone:
         try:
             launch.raise_flag(STOP, f"rank {launch.rank} was asked to stop")
         except WadsError:

@@ -89,6 +89,8 @@ class Launch:
         """Of this rank's workers, by group; posted with the next pulse."""
         self.stop_asked = threading.Event()
         """A rank was asked to stop, and so all are."""
+        self.gone: frozenset[int] = frozenset()
+        """Ranks on this node whose process is known to have ended, which a missing pulse tells only after a while."""
         self.abandoned = threading.Event()
         """This process ends at once: whatever waits here gives up."""
         self._line = Line() if store is not None else None
@@ -244,6 +246,8 @@ class Launch:
         peer = self._peers[rank]
         if peer.left is not None:
             return RankLostError(peer.left[1], peer.left[0])
+        if rank in self.gone:
+            return RankLostError(f"rank {rank} on {self.host} is gone: its process has ended without a word.")
         # By the time of the last look, not now: this process may have been stopped for a while itself.
         if self._looked - peer.changed <= LOST_SECONDS:
             return None

@@ -122,6 +122,13 @@ def test_the_loss_of_another_groups_rank_is_known_and_harms_nobody(pair: list[La
     assert "taken away" in first.lost()[1] and first.all_finished() and first.leave(0) == 0
 
 
+def test_a_rank_whose_process_has_ended_is_lost_at_once(pair: list[Launch]) -> None:
+    first, _ = pair
+    assert first.lost() == {} and not first.all_finished()
+    first.gone = frozenset({1})
+    assert "rank 1 on" in first.lost()[1] and first.all_finished() and first.leave(3) == 3
+
+
 def test_a_group_without_the_first_rank_is_whole_when_that_leaves(pair: list[Launch]) -> None:
     """So it can save what it has."""
     group = pair[1].group("g1", [1])
