@@ -141,12 +141,14 @@ def test_two_launches_on_one_folder_share_the_work(shards: Path, by_two: Path, t
     assert all(same(run, by_two, name) for name in FOUR)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run that all these faults happen to."""
+    return tmp_path_factory.mktemp("disturbed") / "run"
+
+
 class TestOneRunThatThingsHappenTo:
     """Four categories on two ranks, a group each. Every fault but the first ends the launch, and the same command goes on."""
-
-    @pytest.fixture(scope="class")
-    def run(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return tmp_path_factory.mktemp("disturbed") / "run"
 
     def start(self, shards: Path, run: Path) -> "list[str]":
         return command(shards, run, 2, FOUR)
