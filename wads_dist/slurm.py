@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wads_dist.checkpoint_files import write_text
-from wads_dist.config import ConfigError
-from wads_dist.errors import WadsError
+from wads_dist.errors import ExitCode, WadsError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = "slurm"
 PATIENCE_SECONDS = 60.0
+
+
+class SlurmError(WadsError):
+    """Slurm's commands are not there, do not answer, or refuse."""
+
+    exit_code = ExitCode.BAD_CONFIG
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def submit(out: Path, name: str, tasks: Sequence[int], options: JobOptions) -> s
     """Submits ``tasks``; returns the job's id.
 
     Raises:
-        ConfigError: Slurm refuses the job.
+        SlurmError: Slurm refuses the job, or does not answer.
     """
     script = out / FOLDER / "job.sh"
     script.parent.mkdir(exist_ok=True)
@@ -112,7 +117,7 @@ def submit(out: Path, name: str, tasks: Sequence[int], options: JobOptions) -> s
     # On the command line too: SBATCH_JOB_NAME in the environment counts for more than the script.
     result = _run("sbatch", "--parsable", f"--job-name={name}", str(script))
     if result.returncode:
-        raise ConfigError([f"sbatch refuses {script}: {result.stderr.strip()}"])
+        raise SlurmError(f"sbatch refuses {script}: {result.stderr.strip()}")
     return result.stdout.strip().partition(";")[0]
 
 
@@ -120,11 +125,11 @@ def queue(name: str) -> dict[int, Queued]:
     """What of this user's jobs called ``name`` waits or runs, by task.
 
     Raises:
-        WadsError: Slurm does not answer.
+        SlurmError: Slurm does not answer.
     """
     result = _run("squeue", "--me", f"--name={name}", "--array", "--noheader", "--format=%K|%A|%T|%N|%r")
     if result.returncode:
-        raise WadsError(f"squeue: {result.stderr.strip()}")
+        raise SlurmError(f"squeue does not answer: {result.stderr.strip()}")
     rows = [line.strip().split("|") for line in result.stdout.splitlines()]
     return {int(row[0]): Queued(*row[1:]) for row in rows if row[0].isdecimal()}
 
@@ -134,15 +139,15 @@ def requeue() -> str | None:
     task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         result = _run("scontrol", "requeue", task)
-    except (ConfigError, WadsError) as error:
+    except SlurmError as error:
         return str(error)
     return result.stderr.strip() or f"exit code {result.returncode}" if result.returncode else None
 
 
 def _run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     if shutil.which(program) is None:
-        raise ConfigError([f"{program}: not found; submit where Slurm's commands are, or leave --slurm out"])
+        raise SlurmError(f"{program}: not found; submit where Slurm's commands are, or leave --slurm out")
     try:
         return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        raise WadsError(f"{program}: no answer for {PATIENCE_SECONDS:.0f} s") from None
+        raise SlurmError(f"{program}: no answer for {PATIENCE_SECONDS:.0f} s") from None

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from wads_dist import slurm
 from wads_dist.checkpoint_files import steps, write_text
-from wads_dist.errors import ExitCode, WadsError
+from wads_dist.config import ConfigError
+from wads_dist.errors import ExitCode
 from wads_dist.sweep_launch import POLL_SECONDS, Signals, train
 from wads_dist.sweep_plan import Sweep, add_job, held, load, open_sweep, parse_grid, plan_runs, record
 from wads_dist.sweep_report import SUMMARY, show, summarise, verdict
@@ -97,7 +98,7 @@ def show_plan(plan: Sweep, options: slurm.JobOptions | None, as_json: bool) -> N
     open_tasks, ranks = plan.open_tasks, f"{plan.ranks} ranks" if plan.ranks else "a rank on each GPU"
     if options is None:
         launches = sum(1 for run in plan.runs if run.missing)
-        console.print(f"{len(open_tasks)} categories to train, in {launches} launches one after the other; {ranks}")
+        console.print(f"{len(open_tasks)} categories to train; launches, one after the other: {launches}; {ranks}")
     else:
         console.print(f"{len(open_tasks)} categories to train, each a task of a Slurm job array; {ranks}\n")
         console.print(slurm.job_script(plan.out, plan.job_name, open_tasks, options), markup=False, soft_wrap=True)
@@ -134,7 +135,8 @@ def submit_missing(plan: Sweep, options: slurm.JobOptions, console: Console) -> 
     if tasks:
         job = slurm.submit(plan.out, plan.job_name, tasks, options)
         add_job(plan.out, job, tasks)
-        console.print(f"Submitted: job {job}, {len(tasks)} tasks; output: {plan.out / slurm.FOLDER}", highlight=False)
+        told = f"Submitted: job {job}, {len(tasks)} tasks; output: {plan.out / slurm.FOLDER}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def watch_slurm(watch: Watch) -> bool:
@@ -147,7 +149,7 @@ def watch_slurm(watch: Watch) -> bool:
                     asked = time.monotonic()
                     try:
                         watch.queue, known = slurm.queue(plan.job_name), True
-                    except WadsError as error:
+                    except slurm.SlurmError as error:
                         watch.say(f"{error}; asking again", "yellow")
                 if watch.look().complete or (known and not watch.queue):
                     return True
@@ -165,7 +167,7 @@ def run_task(plan: Sweep, number: int) -> ExitCode:
     requeue that somebody else has asked for), it only saves.
     """
     if not 0 <= number < len(plan.tasks):
-        raise WadsError(f"--task {number}: {plan.out} has tasks 0 to {len(plan.tasks) - 1}")
+        raise ConfigError([f"--task {number}: {plan.out} has tasks 0 to {len(plan.tasks) - 1}"])
     name, category = plan.tasks[number]
     run, signals = plan.run(name), Signals()
     checkpoints = run.folder / category / CHECKPOINTS

@@ -5,6 +5,7 @@ its record in the sweep's folder, by which the same command goes on and another 
 import hashlib
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from shards.source import Dataset
 from wads_dist.checkpoint_files import write_text
 from wads_dist.config import Config, ConfigError, config_difference, load_config
 from wads_dist.deepspeed_config import deepspeed_config
-from wads_dist.errors import ResumeError, WadsError
+from wads_dist.errors import ResumeError
 from wads_dist.leases import METRICS
 from wads_dist.record import FREE_TO_CHANGE, code_version
 from wads_dist.run import chosen_categories, locate_shards
@@ -51,7 +52,9 @@ class Run:
     @property
     def missing(self) -> list[str]:
         """The categories that are not done."""
-        return [name for name in self.categories if not (self.folder / name / METRICS).is_file()]
+        # By listing: NFS may go on for a minute believing that a name which was looked up is missing.
+        folders = {name: self.folder / name for name in self.categories}
+        return [name for name, path in folders.items() if not path.is_dir() or METRICS not in os.listdir(path)]
 
 
 @dataclass(frozen=True)
@@ -241,11 +244,11 @@ def load(out: Path) -> Sweep:
     """The sweep as recorded.
 
     Raises:
-        WadsError: there is none.
+        ConfigError: there is none.
     """
     values = read_record(out)
     if not values["runs"]:
-        raise WadsError(f"{out}: no {RECORD} there, so no sweep")
+        raise ConfigError([f"{out}: no {RECORD} there, so no sweep"])
     runs = [Run(**entry, config=_recorded(out, entry["name"])) for entry in values["runs"]]
     return Sweep(out, runs, [tuple(task) for task in values["tasks"]], values["starts"][-1]["ranks"])
 

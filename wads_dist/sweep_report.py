@@ -77,8 +77,8 @@ def verdict(summary: dict[str, Any]) -> ExitCode:
 
 
 def _scores(run: Run) -> dict[str, dict[str, Any]]:
-    paths = {name: run.folder / name / METRICS for name in run.categories}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    missing = run.missing
+    return {c: json.loads((run.folder / c / METRICS).read_text()) for c in run.categories if c not in missing}
 
 
 def _defined(metrics: Sequence[dict[str, Any]], score: str) -> list[float]:

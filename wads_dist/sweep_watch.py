@@ -76,4 +76,5 @@ def in_queue(category: CategoryStatus, queued: Queued) -> CategoryStatus:
         return category
     if queued.started:
         return replace(category, state="running", host=queued.node, images_per_second=None)
-    return replace(category, state="waiting", host=f"queued ({queued.reason})", reason="")
+    reason = "" if queued.reason == "None" else f" ({queued.reason})"
+    return replace(category, state="waiting", host=f"queued{reason}", reason="")

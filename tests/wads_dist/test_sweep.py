@@ -12,6 +12,7 @@ import pytest
 
 from launch.sweep import parse
 from tests.conftest import REPOSITORY, environment
+from tests.wads_dist.faults.launching import events, processes
 from wads_dist import slurm
 from wads_dist.config import ConfigError
 from wads_dist.errors import ExitCode, ResumeError
@@ -217,13 +218,13 @@ def test_what_sbatch_has_against_a_job_is_said(
     settings: list[str], tmp_path: Path, pretend_slurm: Callable[..., None]
 ) -> None:
     pretend_slurm(squeue="true", sbatch="echo 'invalid partition specified: x' >&2; exit 1")
-    with pytest.raises(ConfigError, match="invalid partition specified: x"):
+    with pytest.raises(slurm.SlurmError, match="invalid partition specified: x"):
         sweep(*parse(["--out", str(tmp_path / "sweep"), "--slurm", "--no-watch", *settings]))
 
 
 def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="squeue: not found; submit where Slurm's commands are"):
+    with pytest.raises(slurm.SlurmError, match="squeue: not found; submit where Slurm's commands are"):
         slurm.queue("x")
 
 
@@ -307,8 +308,8 @@ print("launcher", launch.process.returncode, "code", int(launch.code))
 """
 
 
-def wait_for(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 60
+def wait_for(condition: Callable[[], Any], process: "subprocess.Popen[str]", patience: float = 60) -> None:
+    deadline = time.monotonic() + patience
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.05)
@@ -340,3 +341,50 @@ def test_signals_reach_the_ranks_and_all_of_them_are_waited_for(
         printed = process.communicate(timeout=60)[0]
     assert ends_as in printed
     assert [(tmp_path / f"{rank}.saved").read_text() for rank in range(2)] == [signum.name] * 2
+
+
+SMALL = (
+    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
+    "--model.latent 16 --trainer.global_batch_size 8 --trainer.samples 160 --trainer.log_every 1 --trainer.threads 1 "
+    "--checkpoint.every_steps 4 --data.categories demo_biscuit"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_ctrl_c_ends_the_launch_and_the_same_command_goes_on(settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    command = [
+        "python",
+        "launch/sweep.py",
+        "--out",
+        str(out),
+        "--seeds",
+        "2",
+        "--ranks",
+        "1",
+        "--json",
+        *settings,
+        *SMALL,
+    ]
+    options: dict[str, Any] = {"cwd": REPOSITORY, "env": environment(), "text": True}
+
+    def steps(seed: int) -> list[dict[str, Any]]:
+        return events(out / f"seed={seed}", "step")
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as first:
+        wait_for(lambda: len(steps(0)) > 5, first, 300)
+        first.send_signal(
+            signal.SIGINT
+        )  # to this process alone, as it is a launch in a session of its own that must end
+        printed, said = first.communicate(timeout=60)
+    assert first.returncode == ExitCode.INTERRUPTED and "the same command goes on" in said
+    assert json.loads(printed)["missing"] == {"seed=0": ["demo_biscuit"], "seed=1": ["demo_biscuit"]}
+    assert not processes(out / "seed=0") and not processes(out / "configs" / "seed=0.toml")
+
+    again = subprocess.run(command, capture_output=True, timeout=500, **options)
+    assert again.returncode == 0, again.stderr
+    summary = json.loads(again.stdout)
+    assert summary["complete"] and summary["points"]["run"]["mean"]["pixel_auroc"]["n"] == 2
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert events(out / "seed=0", "resume")[-1]["step"] >= 4 and len(steps(1)) == 20
