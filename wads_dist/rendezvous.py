@@ -27,6 +27,7 @@ JOIN_SECONDS = 600.0
 LOST_SECONDS = 30.0
 POLL_SECONDS = 0.1
 STOP = "stop"
+ADVICE = "The same command goes on from the last checkpoint"
 
 
 def launch_identity() -> str:
@@ -185,7 +186,7 @@ class Launch:
         except (TimeoutError, dist.DistError) as error:
             self._failure = RankLostError(
                 f"rank 0 at {self.address}, which holds the launch together, is gone or cannot be reached "
-                f"({str(error).splitlines()[0]}). The same command goes on from the last checkpoint."
+                f"({str(error).splitlines()[0]}). {ADVICE}."
             )
             raise self._failure from None
 
@@ -240,7 +241,8 @@ class Launch:
             raise self._failure
         for rank in ranks:
             if lost := self._lost(rank):
-                raise lost
+                text = str(lost)
+                raise RankLostError(text if ADVICE in text else f"{text} {ADVICE}.", lost.exit_code)
 
     def _lost(self, rank: int) -> RankLostError | None:
         peer = self._peers[rank]
@@ -253,8 +255,7 @@ class Launch:
             return None
         silence = f"{LOST_SECONDS:.0f} s" if peer.text else f"{JOIN_SECONDS:.0f} s, since the start"
         return RankLostError(
-            f"rank {rank} on {peer.host} has not been heard of for {silence}: its process or node is gone. The same command "
-            f"goes on from the last checkpoint."
+            f"rank {rank} on {peer.host} has not been heard of for {silence}: its process or node is gone."
         )
 
     def standing_of(self, rank: int, group: str) -> Standing | None:

@@ -76,9 +76,8 @@ def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopReque
         for rank, reason in launch.lost().items():
             if rank not in said:
                 said.add(rank)
-                console.print(
-                    f"{reason} Other ranks take over its categories.", style="red", highlight=False, markup=False
-                )
+                text = f"{reason} Other ranks take over its categories."
+                console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
         if (outcome := look()) != recorded:
             record_summary(run, outcome, plan.categories, over=False)
             recorded = outcome
@@ -269,7 +268,8 @@ def conclude(config: Config, outcome: Outcome, categories: list[str], console: C
     if summary["categories"]:
         console.print(results_table(summary))
         console.print(reconstruction_table(summary))
-    console.print(f"Run: {config.run.dir}  (summary.json; per category metrics.json, samples.png)", highlight=False)
+        text = f"Run: {config.run.dir}  (summary.json; per category metrics.json, samples.png)"
+        console.print(text, highlight=False, soft_wrap=True)
     for name, code in outcome.failed.items():
         console.print(f"[red]{name} failed (exit code {code})[/red]; the same command tries it again", highlight=False)
 

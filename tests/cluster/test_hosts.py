@@ -24,7 +24,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def start(hosts: Hosts, shards: Path, run: Path) -> Iterator[Launched]:
-    arguments = hosts.command("launch/train.py", "--data.shards", str(shards), "--run.dir", str(run), *OPTIONS, *TOGETHER)
+    arguments = hosts.command(
+        "launch/train.py", "--data.shards", str(shards), "--run.dir", str(run), *OPTIONS, *TOGETHER
+    )
     with launched(run, arguments, run.parent / "log", **hosts.environment()) as launch:
         yield launch
 
