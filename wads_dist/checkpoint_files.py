@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
 import re
 import shutil
 import sys
@@ -92,7 +93,7 @@ def hashed_file(path: Path) -> Iterator[HashedFile]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` in one step: a reader sees the old text or the new one, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # two nodes may have equal pids
     try:
         with hashed_file(temporary) as out:
             out.write(text.encode())
