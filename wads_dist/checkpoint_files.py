@@ -13,8 +13,8 @@ import argparse
 import hashlib
 import json
 import os
-import secrets
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
