@@ -343,13 +343,41 @@ class CheckpointConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """How a trained model is scored."""
+    """How a trained model is scored, and which threshold it gets."""
 
     batch_size: int = Field(32, ge=1, description="images in one forward pass")
     score_window: int = Field(
         15,
         ge=1,
         description="odd; side of the mean filter over the probability map, whose maximum is the image's score",
+    )
+    metrics: Literal["exact", "histogram"] = Field(
+        "exact",
+        description="of pixels. exact: 12 bytes of memory for each pixel that a rank scores; histogram: certified bounds, and "
+        "their middle, from counts whose size does not depend on the test set's",
+    )
+    bins: int = Field(65_536, ge=16, multiple_of=2, description="bins of a histogram; more give narrower bounds")
+    holdout: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="fraction of the normal training images (at least 4) that is used for the threshold, not for training; "
+        "none of a category with fewer than 20 (0: none at all, and no threshold)",
+    )
+    threshold: Literal["normal", "synthetic"] = Field(
+        "normal",
+        description="chosen with the images held out, never with the test set. normal: as low as the two false-positive rates "
+        "allow; synthetic: the best F1 on anomalies synthesised on them",
+    )
+    pixel_false_positive_rate: float = Field(
+        0.005, gt=0, lt=1, description="fraction of the pixels of normal images that may be marked"
+    )
+    image_false_positive_rate: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="fraction of normal images that may be called anomalous; with n images held out, 1/(n + 1) is the least "
+        "that can be had",
     )
 
     @field_validator("score_window")

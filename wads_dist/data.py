@@ -24,9 +24,11 @@ from shards.images import decode_image, decode_mask
 from shards.manifest import SampleEntry, ShardEntry
 from shards.source import Dataset
 from shards.textures import procedural_textures
-from wads_dist.config import Config
+from wads_dist.config import Config, DataConfig
 
 Entry = tuple[ShardEntry, SampleEntry]
+HELD_OUT_AT_LEAST = 4
+HELD_OUT_OF_AT_LEAST = 20  # of fewer images, those few would be missed in training
 
 
 def decode_entry(dataset: Dataset, category: str, entry: Entry, size: int) -> "np.ndarray":
@@ -52,6 +54,35 @@ def decode_entries(dataset: Dataset, category: str, entries: Sequence[Entry], si
     return images
 
 
+def whole_entries(dataset: Dataset, category: str, entries: Sequence[Entry], config: DataConfig) -> Tensor:
+    """Whole images float32 [N, 3, H, H] in [0, 1] at the training size, on the CPU."""
+    stored = decode_entries(dataset, category, entries, config.store_size)
+    return whole_images(stored, config.image_size) if entries else torch.zeros(0, 3, *[config.image_size] * 2)
+
+
+@dataclass(frozen=True)
+class TrainingSplit:
+    """A category's normal training images: those that are trained on, and those held out; each in manifest order."""
+
+    trained: list[Entry]
+    held_out: list[Entry]
+
+    @classmethod
+    def of(cls, dataset: Dataset, category: str, config: Config) -> "TrainingSplit":
+        """The same on every rank and after any restart: a function of the images' keys, the seed and the fraction."""
+        entries = dataset.manifest(category).samples("train")
+        total, fraction = len(entries), config.evaluation.holdout
+        count = max(HELD_OUT_AT_LEAST, round(fraction * total)) if fraction and total >= HELD_OUT_OF_AT_LEAST else 0
+        by_key = sorted(range(total), key=lambda i: entries[i][1].key)
+        # The cycle before the first of the order of images: training, which counts from 0, never draws it.
+        chosen = shuffled(config.trainer.seed, torch.arange(-total, 0), total)[:count].tolist() if count else []
+        held_out = {by_key[i] for i in chosen}
+        return cls(
+            [entry for i, entry in enumerate(entries) if i not in held_out],
+            [entry for i, entry in enumerate(entries) if i in held_out],
+        )
+
+
 class Images(Protocol):
     """A category's normal training images."""
 
@@ -68,8 +99,10 @@ class Images(Protocol):
 class ResidentImages:
     """All images on the device: N·3·S² bytes, decoded once."""
 
-    def __init__(self, dataset: Dataset, category: str, size: int, device: torch.device) -> None:
-        self.images = decode_entries(dataset, category, dataset.manifest(category).samples("train"), size).to(device)
+    def __init__(
+        self, dataset: Dataset, category: str, entries: Sequence[Entry], size: int, device: torch.device
+    ) -> None:
+        self.images = decode_entries(dataset, category, entries, size).to(device)
         self.count = len(self.images)
 
     def rows(self, sample: Tensor, upcoming: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -80,10 +113,17 @@ class StreamedImages:
     """Images read when a sample asks for them; memory is bounded by the last ``cached`` images and one batch ahead."""
 
     def __init__(
-        self, dataset: Dataset, category: str, size: int, device: torch.device, seed: int, cached: int = 256
+        self,
+        dataset: Dataset,
+        category: str,
+        entries: Sequence[Entry],
+        size: int,
+        device: torch.device,
+        seed: int,
+        cached: int = 256,
     ) -> None:
         self.dataset, self.category, self.size, self.device, self.seed = dataset, category, size, device, seed
-        self.entries = dataset.manifest(category).samples("train")
+        self.entries = entries
         self.count = len(self.entries)
         self.cached = cached
         self.pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
@@ -151,18 +191,20 @@ class TrainingData:
     """Training samples by global index; nothing in it changes from call to call but caches."""
 
     def __init__(self, config: Config, dataset: Dataset, category: str, device: torch.device) -> None:
-        """Reads, verifies and decodes the category's normal images.
+        """Reads, verifies and decodes the category's normal images, but for those held out.
 
         Raises:
             DataError: a shard is damaged or missing, or an image cannot be decoded; names it.
         """
         size, self.seed, self.device = config.data.store_size, config.trainer.seed, device
         self.settings, self.backend = synthesis_settings(config), config.trainer.kernels
+        self.entries = TrainingSplit.of(dataset, category, config).trained
+        """The images that ``images.count`` counts, in order."""
         self.images: Images
         if config.data.mode == "resident":
-            self.images = ResidentImages(dataset, category, size, device)
+            self.images = ResidentImages(dataset, category, self.entries, size, device)
         else:
-            self.images = StreamedImages(dataset, category, size, device, self.seed)
+            self.images = StreamedImages(dataset, category, self.entries, size, device, self.seed)
         self.textures = texture_bank(config.data.textures, config.data.cache, size, device)
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
@@ -179,13 +221,13 @@ def rank_samples(first: int, global_batch_size: int, rank: int, world_size: int)
     return range(first + rank * share, first + (rank + 1) * share)
 
 
-def mean_image(dataset: Dataset, category: str, store_size: int, image_size: int, chunk: int = 64) -> Tensor:
-    """Mean training image [3, H, H] float32 in [0, 1] at the training size, in bounded memory."""
-    entries = dataset.manifest(category).samples("train")
-    total = torch.zeros(3, image_size, image_size, dtype=torch.float64)
+def mean_image(dataset: Dataset, category: str, config: Config, chunk: int = 64) -> Tensor:
+    """Mean image [3, H, H] float32 in [0, 1] of those trained on, at the training size, in bounded memory."""
+    entries = TrainingSplit.of(dataset, category, config).trained
+    total = torch.zeros(3, config.data.image_size, config.data.image_size, dtype=torch.float64)
     for start in range(0, len(entries), chunk):
-        images = decode_entries(dataset, category, entries[start : start + chunk], store_size)
-        total += whole_images(images, image_size).double().sum(0)
+        images = whole_entries(dataset, category, entries[start : start + chunk], config.data)
+        total += images.double().sum(0)
     return (total / len(entries)).float()
 
 
@@ -206,18 +248,40 @@ class TestImages:
     defects: list[str]
 
     @classmethod
-    def load(cls, dataset: Dataset, category: str, store_size: int, image_size: int, part: slice) -> "TestImages":
+    def load(cls, dataset: Dataset, category: str, config: DataConfig, part: slice) -> "TestImages":
+        """Images and masks of ``part`` of the test split."""
         entries = dataset.manifest(category).samples("test")[part]
-        masks = torch.zeros(len(entries), image_size, image_size, dtype=torch.bool)
+        masks = torch.zeros(len(entries), config.image_size, config.image_size, dtype=torch.bool)
         for i, (shard, sample) in enumerate(entries):
             if sample.mask is not None:
-                mask = decode_mask(dataset.read(category, shard, sample.mask), image_size)
+                mask = decode_mask(dataset.read(category, shard, sample.mask), config.image_size)
                 masks[i] = torch.from_numpy(mask)
-        stored = decode_entries(dataset, category, entries, store_size)
         return cls(
-            images=whole_images(stored, image_size) if entries else torch.zeros(0, 3, image_size, image_size),
+            images=whole_entries(dataset, category, entries, config),
             masks=masks,
             has_mask=[sample.mask is not None or sample.is_normal for _, sample in entries],
             keys=[sample.key for _, sample in entries],
             defects=[sample.defect for _, sample in entries],
+        )
+
+    def rows(self, chosen: Sequence[int]) -> "TestImages":
+        """These images alone, in memory of their own."""
+        index = list(chosen)
+        return TestImages(
+            self.images[index],
+            self.masks[index],
+            [self.has_mask[i] for i in index],
+            [self.keys[i] for i in index],
+            [self.defects[i] for i in index],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence["TestImages"]) -> "TestImages":
+        """One after the other; at least one."""
+        return cls(
+            images=torch.cat([part.images for part in parts]),
+            masks=torch.cat([part.masks for part in parts]),
+            has_mask=[value for part in parts for value in part.has_mask],
+            keys=[value for part in parts for value in part.keys],
+            defects=[value for part in parts for value in part.defects],
         )

@@ -1,41 +1,76 @@
-"""Scores of a trained model on the test split, and what says whether the reconstructor works."""
+"""Scores of a trained model on the test split, its threshold, and what says whether the reconstructor works."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kernels.objective import ssim
 from shards.errors import DataError
 from shards.source import Dataset
+from wads_dist.checkpoint_files import write_text
 from wads_dist.config import Config
 from wads_dist.data import TestImages, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import WadsError
-from wads_dist.metrics import binary_metrics, image_score
+from wads_dist.metrics import BinaryMetrics, Truth, binary_metrics, image_score
 from wads_dist.models import Wads
-from wads_dist.trivial import trivial_maps
+from wads_dist.scoring import (
+    Curves,
+    PixelResult,
+    Predictions,
+    gather_first,
+    pixel_scores,
+    predict,
+    rank_batches,
+    summed,
+)
+from wads_dist.thresholds import THRESHOLD, Decisions, Threshold, fit_threshold
+from wads_dist.trivial import DESCRIPTION, trivial_maps
 
 WEIGHTS = "weights.safetensors"
+MODEL = "model"
+KEPT = 256  # more than any category of MVTec AD has; 118 MB at 128 pixels
+PIXEL_METRICS = {
+    "auroc": "auroc",
+    "ap": "average_precision",
+    "f1_max": "f1_max",
+    "iou_max": "iou_max",
+    "aupro": "aupro",
+}
+IMAGE_METRICS = {"auroc": "auroc", "ap": "average_precision", "f1_max": "f1_max"}
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Of M test images: probability maps [M, H, H] float32, X̂ [M, 3, H, H] float32, codes [M, latent] float32."""
+def save_weights(
+    state: dict[str, Tensor], folder: Path, config: Config, category: str, threshold: Threshold | None = None
+) -> None:
+    """Generator and segmenter as safetensors, with the configuration they need, and the threshold, in the header."""
+    metadata = {"category": category, "config": config.to_toml()}
+    _write(folder, state, metadata | ({"threshold": threshold.to_json()} if threshold else {}))
 
-    probability: Tensor
-    reconstruction: Tensor
-    code: Tensor
+
+def save_threshold(folder: Path, threshold: Threshold | None) -> None:
+    """Puts the threshold of a category's model beside its weights (``threshold.json``) and into their header; None takes an
+    earlier one away."""
+    path = folder / WEIGHTS
+    with safe_open(path, "pt") as weights:
+        metadata = weights.metadata()
+    metadata.pop("threshold", None)
+    _write(folder, load_file(path), metadata | ({"threshold": threshold.to_json()} if threshold else {}))
+    if threshold:
+        write_text(folder / THRESHOLD, threshold.to_json())
+    else:
+        (folder / THRESHOLD).unlink(missing_ok=True)
 
 
-def save_weights(state: dict[str, Tensor], folder: Path, config: Config, category: str) -> None:
-    """Generator and segmenter as safetensors, with the configuration they need in the header."""
+def _write(folder: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
     temporary = folder / f".{WEIGHTS}"
     # Not save_file, whose files only their owner may read.
-    temporary.write_bytes(save(state, metadata={"category": category, "config": config.to_toml()}))
+    temporary.write_bytes(save(state, metadata=metadata))
     temporary.replace(folder / WEIGHTS)
 
 
@@ -56,45 +91,6 @@ def load_model(folder: Path, config: Config, device: torch.device) -> Wads:
     except Exception as error:
         raise WadsError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
     return model.to(device).eval()
-
-
-@torch.inference_mode()
-def predict(model: Wads, images: Tensor, batch_size: int, device: torch.device) -> Predictions:
-    """Runs the network in fp32: half precision would tie scores, and ties move every ranking metric."""
-    torch.backends.cudnn.allow_tf32 = False  # TF32 is no fp32
-    maps, reconstructions, codes = [], [], []
-    for batch in images.split(batch_size):
-        batch = batch.to(device, memory_format=torch.channels_last)
-        reconstruction, probability, code = model.predict(batch)
-        maps.append(probability.cpu())
-        reconstructions.append(reconstruction.float().cpu().contiguous())
-        codes.append(code.float().cpu())
-    return Predictions(torch.cat(maps), torch.cat(reconstructions), torch.cat(codes))
-
-
-def score(probability: Tensor, test: TestImages, window: int) -> dict[str, float | None]:
-    """Pixel and image metrics of M maps. A defect image without a mask counts for the image metrics only."""
-    keep = torch.tensor(test.has_mask)
-    pixel = binary_metrics(probability[keep], test.masks[keep])
-    image = binary_metrics(image_score(probability, window), torch.tensor([d != "good" for d in test.defects]))
-    return {
-        "pixel_auroc": pixel.auroc,
-        "pixel_ap": pixel.average_precision,
-        "image_auroc": image.auroc,
-        "image_ap": image.average_precision,
-        "image_f1_max": image.f1_max,
-    }
-
-
-def trivial_scores(mean: Tensor, test: TestImages) -> dict[str, Any]:
-    """Each trivial detector's pixel metrics, and the better of them under its name: what a model must beat."""
-    keep = torch.tensor(test.has_mask)
-    each = {}
-    for name, maps in trivial_maps(mean, test.images).items():
-        pixel = binary_metrics(maps[keep], test.masks[keep])
-        each[name] = {"pixel_auroc": pixel.auroc, "pixel_ap": pixel.average_precision}
-    best = max(each, key=lambda name: each[name]["pixel_auroc"] or 0.0)
-    return {**each[best], "name": best, "each": each}
 
 
 def reconstruction_report(predictions: Predictions, test: TestImages, mean: Tensor) -> dict[str, float | None]:
@@ -123,15 +119,30 @@ def reconstruction_report(predictions: Predictions, test: TestImages, mean: Tens
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A category's numbers and what the pictures are drawn from (first rank only)."""
+    """A category's numbers and what the pictures are drawn from.
+
+    ``test`` and ``predictions`` hold all test images if there are at most ``KEPT``, else ``KEPT`` of them at even distances; on
+    other ranks than the first, none. ``curves`` is what ``metrics.curves`` returns, empty where no curve is defined.
+    """
 
     metrics: dict[str, Any]
     test: TestImages
     predictions: Predictions
+    curves: Curves = field(default_factory=dict)
+    threshold: Threshold | None = None
+
+
+def kept(total: int) -> list[int]:
+    """Indices of the test images that pictures are drawn from."""
+    return [i * total // KEPT for i in range(KEPT)] if total > KEPT else list(range(total))
 
 
 def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks: Ranks) -> Evaluation:
-    """Every rank scores its part of the test split; all ranks return the same numbers, whatever the world size.
+    """Chooses the threshold, then scores the test split: every rank its batches. All ranks return the same numbers and
+    curves, which do not depend on how many ranks there are.
+
+    A rank holds one batch of images and its part of what is kept, besides what ``scoring`` keeps of the pixels (exact
+    metrics: of three sets of maps, the model's and two trivial ones, 12 bytes a pixel).
 
     Raises:
         DataError: the category has no test images.
@@ -141,21 +152,91 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
         raise DataError(
             f"category {category!r} has no test images: nothing to evaluate; add test/good and test/<defect>"
         )
-    share = -(-total // ranks.world_size)
-    sizes = config.data.store_size, config.data.image_size
-    part = TestImages.load(dataset, category, *sizes, slice(ranks.rank * share, (ranks.rank + 1) * share))
-    parts = ranks.gather((part, predict(model, part.images, config.evaluation.batch_size, ranks.device)))
-    test = TestImages(
-        images=torch.cat([p.images for p, _ in parts]),
-        masks=torch.cat([p.masks for p, _ in parts]),
-        has_mask=[m for p, _ in parts for m in p.has_mask],
-        keys=[k for p, _ in parts for k in p.keys],
-        defects=[d for p, _ in parts for d in p.defects],
-    )
-    predictions = Predictions(*(torch.cat([getattr(q, f) for _, q in parts]) for f in Predictions.__dataclass_fields__))
-    mean = mean_image(dataset, category, *sizes)
-    metrics: dict[str, Any] = score(predictions.probability, test, config.evaluation.score_window)
-    metrics["trivial"] = trivial_scores(mean, test)
-    metrics["reconstruction"] = reconstruction_report(predictions, test, mean)
-    metrics["test_images"] = total
-    return Evaluation(metrics, test, predictions)
+    threshold, none = fit_threshold(model, config, dataset, category, ranks)
+    mean = mean_image(dataset, category, config)
+    part = Part(config, ranks, threshold)
+    chosen = set(kept(total))
+    for batch in rank_batches(total, config.evaluation.batch_size, ranks):
+        test = TestImages.load(dataset, category, config.data, slice(batch.start, batch.stop))
+        part.add(model, test, mean, [i - batch.start for i in batch if i in chosen])
+
+    everywhere = ranks.gather((part.scores, part.anomalous))
+    scores = torch.tensor([score for scores, _ in everywhere for score in scores])
+    anomalous = torch.tensor([label for _, labels in everywhere for label in labels])
+    pixels = {name: values.result(ranks) for name, values in part.pixels.items()}
+    metrics = score_report(pixels[MODEL], binary_metrics(scores, anomalous))
+    metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
+    test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
+    health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
+    metrics |= {"reconstruction": ranks.gather(health)[0], "test_images": total, "at_threshold": None}
+    if threshold:
+        part.decisions.counts = summed(part.decisions.counts.to(ranks.device), ranks).cpu()
+        of_images = Decisions()
+        of_images.add(scores >= threshold.image, anomalous)
+        metrics["at_threshold"] = part.decisions.rates("pixel") | of_images.rates("image")
+    else:
+        metrics["no_threshold"] = none
+    return Evaluation(metrics, test, predictions, pixels[MODEL].curves, threshold)
+
+
+class Part:
+    """What a rank keeps of the test images that it has scored."""
+
+    def __init__(self, config: Config, ranks: Ranks, threshold: Threshold | None) -> None:
+        self.config, self.device, self.threshold = config.evaluation, ranks.device, threshold
+        self.pixels = {name: pixel_scores(config.evaluation, ranks.device) for name in (MODEL, *DESCRIPTION)}
+        self.decisions = Decisions()
+        self.scores: list[float] = []
+        self.anomalous: list[bool] = []
+        self.kept: list[tuple[TestImages, Predictions]] = []
+
+    def add(self, model: Wads, test: TestImages, mean: Tensor, keep: list[int]) -> None:
+        """Scores a batch; ``keep`` are those of its images that pictures are drawn from, ``mean`` the mean training image."""
+        predictions = predict(model, test.images, self.config.batch_size, self.device)
+        masked = torch.tensor(test.has_mask)  # a defect without a mask counts for the image metrics only
+        truth = Truth.of(test.masks[masked])
+        maps = {MODEL: predictions.probability.to(self.device)}
+        maps |= trivial_maps(mean.to(self.device), test.images.to(self.device))
+        for name, values in maps.items():
+            self.pixels[name].add(values[masked.to(self.device)], truth)
+        if self.threshold:
+            self.decisions.add(predictions.probability[masked] >= self.threshold.pixel, truth.masks)
+        self.scores += image_score(predictions.probability, self.config.score_window).tolist()
+        self.anomalous += [defect != "good" for defect in test.defects]
+        self.kept.append((test.rows(keep), predictions.rows(keep)))
+
+
+def _joined(
+    everywhere: list[list[tuple[TestImages, Predictions]]], config: Config, ranks: Ranks
+) -> tuple[TestImages, Predictions]:
+    """What is kept, on the first rank (which has scored at least the first image)."""
+    if not ranks.is_first:
+        size = config.data.image_size
+        shapes = ((0, size, size), (0, 3, size, size), (0, config.model.latent))
+        maps, images, codes = (torch.zeros(shape) for shape in shapes)
+        return TestImages(images, maps.bool(), [], [], []), Predictions(maps, images, codes)
+    parts = [part for of_rank in everywhere for part in of_rank]
+    return TestImages.join([test for test, _ in parts]), Predictions.join([predictions for _, predictions in parts])
+
+
+def score_report(pixel: PixelResult, image: BinaryMetrics) -> dict[str, Any]:
+    """The model's entries of ``metrics.json``: each metric (None where not defined, and why, under ``undefined``), and where
+    pixels were counted in a histogram, the bounds of theirs."""
+    report: dict[str, Any] = {f"pixel_{key}": getattr(pixel.metrics, name) for key, name in PIXEL_METRICS.items()}
+    report |= {f"image_{key}": getattr(image, name) for key, name in IMAGE_METRICS.items()}
+    if pixel.bounds and not pixel.bounds.undefined:
+        report["bounds"] = {f"pixel_{key}": getattr(pixel.bounds, name) for key, name in PIXEL_METRICS.items()}
+    undefined = {"pixel": pixel.metrics.undefined, "image": image.undefined}
+    if undefined["pixel"] and image.undefined not in ("all are normal", "no scores"):
+        undefined["pixel"] = "no defect has a mask"
+    if any(undefined.values()):
+        report["undefined"] = {kind: reason for kind, reason in undefined.items() if reason}
+    return report
+
+
+def trivial_report(each: dict[str, BinaryMetrics]) -> dict[str, Any]:
+    """Each trivial detector's pixel metrics, and the better of them under its name: what a model must beat."""
+    names = ("auroc", "ap", "aupro")
+    reports = {name: {f"pixel_{key}": getattr(of, PIXEL_METRICS[key]) for key in names} for name, of in each.items()}
+    best = max(reports, key=lambda name: reports[name]["pixel_auroc"] or 0.0)
+    return {**reports[best], "name": best, "each": reports}

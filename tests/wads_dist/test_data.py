@@ -75,10 +75,12 @@ def test_a_damaged_shard_is_named_before_training(demo_shards: Path, tmp_path: P
 
 def test_test_images_in_parts_are_the_whole(demo_shards: Path) -> None:
     dataset = Dataset.open(demo_shards)
-    whole = TestImages.load(dataset, "demo_biscuit", 64, 64, slice(0, 100))
-    parts = [TestImages.load(dataset, "demo_biscuit", 64, 64, slice(i, i + 3)) for i in range(0, 9, 3)]
-    assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
-    assert torch.equal(whole.masks, torch.cat([p.masks for p in parts]))
+    whole = TestImages.load(dataset, "demo_biscuit", config().data, slice(0, 100))
+    parts = [TestImages.load(dataset, "demo_biscuit", config().data, slice(i, i + 3)) for i in range(0, 9, 3)]
+    together, rows = TestImages.join(parts), TestImages.join([whole.rows([0, 1]), whole.rows(range(2, 7))])
+    for other in (together, rows):
+        assert torch.equal(whole.images, other.images) and torch.equal(whole.masks, other.masks)
+        assert (whole.keys, whole.defects, whole.has_mask) == (other.keys, other.defects, other.has_mask)
     assert whole.masks.flatten(1).any(1).tolist() == [d != "good" for d in whole.defects]
 
 
@@ -86,7 +88,7 @@ def test_mean_image_is_the_mean_over_all_training_images(demo_shards: Path) -> N
     dataset = Dataset.open(demo_shards)
     data = TrainingData(config(), dataset, "demo_biscuit", CPU)
     expected = data.images.images.float().mean(0) / 255  # type: ignore[attr-defined]
-    assert torch.allclose(mean_image(dataset, "demo_biscuit", 64, 64, chunk=3), expected, atol=1e-5)
+    assert torch.allclose(mean_image(dataset, "demo_biscuit", config(), chunk=3), expected, atol=1e-5)
 
 
 def test_texture_bank_of_a_folder_and_its_misuse(demo_shards: Path, tmp_path: Path) -> None:

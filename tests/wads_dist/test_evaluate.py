@@ -1,19 +1,42 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from shards.errors import DataError
 from shards.source import Dataset
+from wads_dist import evaluate as evaluation_module
 from wads_dist.config import Config, load_config
 from wads_dist.data import TestImages
 from wads_dist.distributed import Ranks
 from wads_dist.errors import WadsError
-from wads_dist.evaluate import Predictions, evaluate, load_model, predict, reconstruction_report, save_weights, score
+from wads_dist.evaluate import (
+    MODEL,
+    Part,
+    evaluate,
+    kept,
+    load_model,
+    reconstruction_report,
+    save_threshold,
+    save_weights,
+    score_report,
+)
 from wads_dist.figures import chosen_rows, save_samples
+from wads_dist.histogram import Bounds
+from wads_dist.metrics import BinaryMetrics, map_metrics
 from wads_dist.models import Wads
+from wads_dist.scoring import PixelResult, Predictions, predict
+from wads_dist.thresholds import Threshold
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
+THRESHOLD = Threshold(
+    0.5, 0.25, "normal images held out of training", 6, 0.01, 0.05, {"image_false_positive_rate": 0.0}
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +77,79 @@ def test_weights_that_are_absent_or_of_another_model_are_named(config: Config, t
         load_model(tmp_path, config, CPU)
 
 
-def test_a_defect_without_a_mask_counts_for_the_image_only() -> None:
+def test_the_threshold_is_saved_beside_the_weights_and_in_their_header(config: Config, tmp_path: Path) -> None:
+    state = {k: v.contiguous() for k, v in Wads(config.model, 64).state_dict().items()}
+    save_weights(state, tmp_path, config, "nut")
+    save_threshold(tmp_path, THRESHOLD)
+    with safe_open(tmp_path / "weights.safetensors", "pt") as weights:
+        header = weights.metadata()
+        assert all(weights.get_tensor(name).equal(state[name]) for name in state)
+    assert header["category"] == "nut" and header["config"] == config.to_toml()
+    assert Threshold.from_json(header["threshold"]) == THRESHOLD
+    assert Threshold.from_json((tmp_path / "threshold.json").read_text()) == THRESHOLD
+
+    save_threshold(tmp_path, None)
+    assert not (tmp_path / "threshold.json").exists()
+    with safe_open(tmp_path / "weights.safetensors", "pt") as weights:
+        assert "threshold" not in weights.metadata()
+
+
+class Painter:
+    """Stands in for the network: the probability is the image's red."""
+
+    def predict(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return x, x[:, 0].contiguous(), torch.zeros(len(x), 4)
+
+
+def painted(config: Config, test: TestImages, red: torch.Tensor, threshold: Threshold | None = None) -> Part:
+    """What a rank keeps of ``test``, if the network gave the probabilities ``red``."""
+    part = Part(config, ALONE, threshold)
+    shown = replace(test, images=red[:, None].expand(-1, 3, -1, -1).contiguous())
+    part.add(Painter(), shown, torch.zeros(3, *red.shape[1:]), list(range(len(red))))  # type: ignore[arg-type]
+    return part
+
+
+def test_a_defect_without_a_mask_counts_for_the_image_only(config: Config) -> None:
     test = images(4, ["good", "good", "cut", "unmasked"])
     probability = torch.zeros(4, 32, 32)
     probability[2, :4, :4] = 1.0
     probability[3] = 0.9  # would spoil the pixel metrics
-    metrics = score(probability, test, 3)
-    assert metrics["pixel_auroc"] == 1.0 and metrics["image_auroc"] == 1.0
+    part = painted(config, test, probability)
+    assert part.pixels[MODEL].result(ALONE).metrics.auroc == 1.0
+    assert part.anomalous == [False, False, True, True]
+    assert part.scores[3] == pytest.approx(0.9, abs=1e-4)  # a mean in float32
+
+
+def test_decisions_at_the_threshold_are_counted_over_the_test_set(config: Config) -> None:
+    probability = torch.zeros(3, 32, 32)
+    probability[0, 0, :3] = 0.7  # false alarms of a normal image
+    probability[1, :4, :2] = 0.5  # half of the defect, exactly at the threshold
+    probability[2] = 0.9  # has no mask
+    part = painted(config, images(3, ["good", "cut", "unmasked"]), probability, THRESHOLD)
+    rates = part.decisions.rates("pixel")
+    assert rates["pixel_f1"] == pytest.approx(2 * 8 / (8 + 3 + 16)) and rates["pixel_iou"] == pytest.approx(8 / 19)
+    assert rates["pixel_recall"] == 0.5 and rates["pixel_precision"] == pytest.approx(8 / 11)
+    assert rates["pixel_false_positive_rate"] == pytest.approx(3 / (2 * 32 * 32 - 16))
+
+
+def test_what_is_not_defined_is_none_with_a_reason() -> None:
+    normal = PixelResult(BinaryMetrics(undefined="all are normal"), {})
+    report = score_report(normal, BinaryMetrics(undefined="all are normal"))
+    assert report["pixel_auroc"] is None and report["image_f1_max"] is None
+    assert report["undefined"] == {"pixel": "all are normal", "image": "all are normal"}
+    assert score_report(normal, BinaryMetrics(0.9, 0.9, 0.9))["undefined"] == {"pixel": "no defect has a mask"}
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[0, 0, 0] = True
+    fine = score_report(PixelResult(map_metrics(torch.rand(2, 4, 4), masks), {}), BinaryMetrics(1.0, 1.0, 1.0, 1.0))
+    assert "undefined" not in fine and None not in fine.values()
+
+
+def test_a_report_of_a_histogram_has_its_bounds() -> None:
+    intervals = [(0.1, 0.2), (0.3, 0.4), (0.5, 0.6), (0.7, 0.8), (0.8, 0.9)]
+    report = score_report(PixelResult(BinaryMetrics(0.15), {}, Bounds(*intervals)), BinaryMetrics(1.0))
+    assert report["bounds"] == dict(
+        zip(("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_iou_max", "pixel_aupro"), intervals, strict=True)
+    )
 
 
 def test_a_perfect_reconstruction_follows_and_a_constant_one_does_not() -> None:
@@ -75,25 +164,49 @@ def test_a_perfect_reconstruction_follows_and_a_constant_one_does_not() -> None:
     assert collapsed["follows_input"] == pytest.approx(0.5) and collapsed["code_spread"] == 0
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_scores_do_not_depend_on_how_the_images_are_shared(config: Config, demo_shards: Path, world_size: int) -> None:
-    """Ranks played one after the other: each scores its part, and the parts are put together as ``gather`` would."""
-    torch.manual_seed(0)
+@pytest.fixture(scope="module")
+def held_out_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A category large enough for some images to be held out: 24 training images, 3 good and 4 defective test images."""
+    from shards.demo import demo
+
+    out = tmp_path_factory.mktemp("held-out") / "shards"
+    demo(out, categories=1, size=64, train=24, good=3, per_defect=1, workers=1, progress=False)
+    return out
+
+
+@pytest.mark.slow
+def test_numbers_curves_and_threshold_do_not_depend_on_the_number_of_ranks(
+    held_out_shards: Path, run_ranks: Callable[..., list[str]]
+) -> None:
+    """To the last bit, on every rank; and the first rank has all images. More ranks than some of the steps have batches."""
+    settings = ["exact normal", "exact synthetic", "histogram normal"]
+    outputs = {world: run_ranks("evaluation.py", world, str(held_out_shards), *settings) for world in (1, 2, 3)}
+    expected = [json.loads(line) for line in outputs[1][0].splitlines()]
+    assert len(expected) == len(settings) and all(e["metrics"]["pixel_auroc"] and e["threshold"] for e in expected)
+    for world, printed in outputs.items():
+        for rank, text in enumerate(printed):
+            found = [json.loads(line) for line in text.splitlines()]
+            for of_one, of_many in zip(expected, found, strict=True):
+                assert of_many == of_one | {"shown": [] if rank else of_one["shown"]}, (world, rank)
+
+
+def test_of_a_large_test_set_pictures_are_kept_at_even_distances(
+    config: Config, demo_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kept(256) == list(range(256)) and len(set(kept(1000))) == 256 and kept(1000)[:3] == [0, 3, 7]
+    monkeypatch.setattr(evaluation_module, "KEPT", 4)
     model, dataset = Wads(config.model, 64).eval(), Dataset.open(demo_shards)
-    alone = evaluate(model, config, dataset, "demo_biscuit", Ranks(0, 1, 0, 1, CPU))
-    parts = []
+    evaluation = evaluate(model, config, dataset, "demo_biscuit", ALONE)
+    keys = [sample.key for _, sample in dataset.manifest("demo_biscuit").samples("test")]
+    assert evaluation.test.keys == [keys[i] for i in (0, 1, 3, 5)] and len(evaluation.predictions.code) == 4
+    assert evaluation.metrics["test_images"] == 7 == len(keys)
 
-    class Played(Ranks):
-        def gather(self, value):  # type: ignore[no-untyped-def]
-            parts.append(value)
-            return parts[-world_size:] if len(parts) >= world_size else [value]
 
-    for rank in range(world_size):
-        together = evaluate(model, config, dataset, "demo_biscuit", Played(rank, world_size, 0, 1, CPU))
-    assert len(parts) == world_size
-    for key in ("pixel_auroc", "pixel_ap", "image_auroc"):
-        assert together.metrics[key] == pytest.approx(alone.metrics[key], abs=1e-6)
-    assert together.test.keys == alone.test.keys
+def test_too_few_training_images_give_no_threshold_and_say_so(config: Config, demo_shards: Path) -> None:
+    evaluation = evaluate(Wads(config.model, 64).eval(), config, Dataset.open(demo_shards), "demo_biscuit", ALONE)
+    assert evaluation.threshold is None and evaluation.metrics["at_threshold"] is None
+    assert "8 training images are too few" in evaluation.metrics["no_threshold"]
+    assert evaluation.curves.keys() == {"roc", "pr", "pro"}
 
 
 def test_a_category_without_test_images_is_an_error(config: Config, tmp_path: Path) -> None:
@@ -101,7 +214,7 @@ def test_a_category_without_test_images_is_an_error(config: Config, tmp_path: Pa
 
     demo(tmp_path / "out", categories=1, size=64, train=2, good=0, per_defect=0, workers=1, progress=False)
     with pytest.raises(DataError, match="no test images"):
-        evaluate(Wads(config.model, 64), config, Dataset.open(tmp_path / "out"), "demo_biscuit", Ranks(0, 1, 0, 1, CPU))
+        evaluate(Wads(config.model, 64), config, Dataset.open(tmp_path / "out"), "demo_biscuit", ALONE)
 
 
 def test_the_figure_shows_a_normal_image_and_every_kind_of_defect(
@@ -109,7 +222,7 @@ def test_the_figure_shows_a_normal_image_and_every_kind_of_defect(
 ) -> None:
     assert chosen_rows(["good", "a", "a", "b", "good", "b"], 4) == [0, 1, 3, 2]
     model = Wads(config.model, 64).eval()
-    evaluation = evaluate(model, config, Dataset.open(demo_shards), "demo_biscuit", Ranks(0, 1, 0, 1, CPU))
+    evaluation = evaluate(model, config, Dataset.open(demo_shards), "demo_biscuit", ALONE)
     save_samples(tmp_path / "samples.png", "demo_biscuit", evaluation)
     assert (tmp_path / "samples.png").stat().st_size > 10_000 and [p.name for p in tmp_path.iterdir()] == [
         "samples.png"

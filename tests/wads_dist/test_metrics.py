@@ -1,12 +1,26 @@
-"""Metrics against scikit-learn, on the cases where implementations differ."""
+"""Metrics against scikit-learn, and AUPRO against its definition, on the cases where implementations differ."""
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from numpy.typing import NDArray
+from skimage.measure import label
+from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
-from wads_dist.metrics import BinaryMetrics, binary_metrics, image_score
+from wads_dist.metrics import (
+    CURVE_POINTS,
+    BinaryMetrics,
+    Truth,
+    binary_metrics,
+    count_normal,
+    curves,
+    descending,
+    image_score,
+    map_metrics,
+    rank,
+    thin,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -50,6 +64,7 @@ def test_equal_to_scikit_learn(name: str) -> None:
     assert ours.average_precision == pytest.approx(average_precision_score(truth, score), abs=1e-9)
     assert ours.f1_max == pytest.approx(f1.max(), abs=1e-9)
     assert ours.threshold_at_f1_max in thresholds
+    assert ours.iou_max == pytest.approx(jaccard_score(truth, score >= ours.threshold_at_f1_max), abs=1e-9)
 
 
 def test_infinite_scores_are_scores() -> None:
@@ -89,9 +104,28 @@ def test_counts_beyond_what_float32_holds() -> None:
     assert metrics.threshold_at_f1_max == 2.0
 
 
-@pytest.mark.parametrize("labels", [torch.zeros(5), torch.ones(5), torch.zeros(0)])
-def test_one_class_has_no_metrics(labels: Tensor) -> None:
-    assert binary_metrics(torch.rand(len(labels)), labels.bool()) == BinaryMetrics(None, None, None, None)
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (torch.zeros(5), "all are normal"),
+        (torch.ones(5), "all are anomalous"),
+        (torch.zeros(1), "all are normal"),
+        (torch.ones(1), "all are anomalous"),
+        (torch.zeros(0), "no scores"),
+    ],
+)
+def test_one_class_has_no_metrics_but_a_reason(labels: Tensor, reason: str) -> None:
+    assert binary_metrics(torch.rand(len(labels)), labels.bool()) == BinaryMetrics(undefined=reason)
+
+
+def test_pieces_of_the_normal_scores_count_as_the_whole() -> None:
+    """So it does not matter how they are spread over threads, batches or ranks."""
+    scores, labels = case("ties")
+    anomalous, normal = descending(scores[labels])[0], scores[~labels]
+    whole = count_normal(anomalous, normal.clone())
+    assert torch.equal(
+        whole, sum(count_normal(anomalous, piece.clone()) for piece in normal.tensor_split([1, 2001, 2001]))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
@@ -113,6 +147,157 @@ def test_shapes_must_agree() -> None:
 def test_nan_is_refused() -> None:
     with pytest.raises(ValueError, match="1 of 3 scores are NaN"):
         binary_metrics(torch.tensor([0.1, float("nan"), 0.3]), torch.tensor([True, False, True]))
+
+
+# --- AUPRO ---
+
+
+def maps(name: str) -> tuple[Tensor, Tensor]:
+    """Score maps [6, 16, 16] float32 and masks with components that touch at corners, at borders and across images."""
+    rng = np.random.default_rng(7)
+    masks = rng.random((6, 16, 16)) < 0.08
+    masks[0] = False
+    masks[1:3, 4:7, 10:16] = True  # the same place in two images: two components
+    masks[4, [2, 3, 4], [2, 3, 4]] = True  # a diagonal: one component
+    scores = rng.random((6, 16, 16)) + 0.4 * masks
+    if name == "ties":
+        scores = np.round(scores * 8)
+    elif name == "constant":
+        scores[:] = 0.5
+    elif name == "perfect":
+        scores = masks.astype(float)
+    elif name == "reversed":
+        scores = -masks.astype(float)
+    elif name == "one anomalous pixel":
+        masks[:] = False
+        masks[3, 0, 15] = True
+    elif name == "one normal pixel":
+        masks[:] = True
+        masks[3, 0, 15] = False
+    elif name == "tied at the limit":
+        scores = np.where(rng.random((6, 16, 16)) < 0.5, 0.0, 1.0) + 0.0 * scores
+    return torch.from_numpy(scores.astype(np.float32)), torch.from_numpy(masks)
+
+
+def curve_by_definition(scores: Tensor, masks: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """False-positive rate and mean overlap at every distinct score, one threshold at a time."""
+    s, truth = scores.numpy(), masks.numpy()
+    components = []
+    for i, mask in enumerate(truth):
+        labels = label(mask, connectivity=2)
+        components += [(i, labels == k) for k in range(1, labels.max() + 1)]
+    rates, overlaps = [0.0], [0.0]
+    for threshold in np.unique(s)[::-1]:
+        found = s >= threshold
+        rates.append(found[~truth].sum() / (~truth).sum())
+        overlaps.append(np.mean([found[i][where].mean() for i, where in components]))
+    return np.array(rates), np.array(overlaps)
+
+
+def aupro_by_definition(scores: Tensor, masks: Tensor, limit: float) -> float:
+    rates, overlaps = curve_by_definition(scores, masks)
+    end = np.interp(limit, rates, overlaps) if limit not in rates else overlaps[rates == limit][-1]
+    inside = rates <= limit
+    return float(np.trapezoid([*overlaps[inside], end], [*rates[inside], limit]) / limit)
+
+
+MAPS = [
+    "random",
+    "ties",
+    "constant",
+    "perfect",
+    "reversed",
+    "one anomalous pixel",
+    "one normal pixel",
+    "tied at the limit",
+]
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("name", MAPS)
+def test_aupro_is_the_area_under_its_definition(name: str, limit: float) -> None:
+    scores, masks = maps(name)
+    ours = rank(scores, masks, Truth.of(masks)).aupro(limit)
+    # Sums of a few hundred terms in float64.
+    assert ours == pytest.approx(aupro_by_definition(scores, masks, limit), abs=1e-9)
+
+
+def test_components_are_8_connected_and_end_at_their_image() -> None:
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[1, 0, 0] = masks[1, 1, 1] = masks[1, 3, 3] = masks[2, 3, 3] = True
+    truth = Truth.of(masks)
+    assert truth.components == 3 and truth.sizes.tolist() == [2, 2, 1, 1]
+
+
+def test_a_small_component_weighs_as_much_as_a_large_one() -> None:
+    scores, masks = torch.zeros(1, 16, 16), torch.zeros(1, 16, 16, dtype=torch.bool)
+    masks[0, :8], masks[0, 12, 12] = True, True
+    scores[0, :8] = 1.0  # the large one is found before any normal pixel, the small one ties with all of them
+    # 1/2 from the first, and from the second the slope 1/2 · rate, whose mean up to 0.3 is 0.075.
+    assert map_metrics(scores, masks).aupro == pytest.approx(0.575)
+
+
+@pytest.mark.parametrize(
+    ("masks", "reason"), [(torch.zeros(2, 4, 4), "all are normal"), (torch.ones(2, 4, 4), "all are anomalous"),
+                          (torch.zeros(0, 4, 4), "no scores")],
+)  # fmt: skip
+def test_maps_of_one_class_have_no_metrics_but_a_reason(masks: Tensor, reason: str) -> None:
+    assert map_metrics(torch.rand(masks.shape), masks.bool()) == BinaryMetrics(undefined=reason)
+
+
+# --- curves ---
+
+
+def farthest(x: NDArray[np.float64], y: NDArray[np.float64], a: list[float], b: list[float]) -> float:
+    """How far the farthest of the points (x, y) is from the line through the points (a, b)."""
+    starts, ends = np.stack([a[:-1], b[:-1]], 1), np.stack([a[1:], b[1:]], 1)
+    nearest = np.full(len(x), np.inf)
+    for start, end in zip(starts, ends, strict=True):
+        step, offset = end - start, np.stack([x, y], 1) - start
+        along = np.clip(offset @ step / max(step @ step, 1e-300), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(*(offset - along[:, None] * step).T))
+    return float(nearest.max())
+
+
+def test_drawn_curves_have_few_points_and_stay_near_the_exact_ones() -> None:
+    rng = np.random.default_rng(3)
+    masks = torch.from_numpy(rng.random((8, 64, 64)) < 0.05)
+    scores = torch.from_numpy((rng.random(masks.shape) + 0.5 * masks.numpy()).astype(np.float32))
+    vertices = rank(scores, masks, Truth.of(masks)).vertices()
+    drawn = curves(vertices)
+    assert vertices.overlap is not None and len(vertices.overlap) > 10 * CURVE_POINTS
+    rate, recall = vertices.false_positives / vertices.false_positives[-1], vertices.true_positives / masks.sum().item()
+    for x, y, chosen in (
+        (rate, recall, drawn["roc"]), (rate, vertices.overlap, drawn["pro"]),
+        (recall[1:], (vertices.true_positives / (vertices.true_positives + vertices.false_positives).clip(1))[1:], drawn["pr"]),
+    ):  # fmt: skip
+        a, b = chosen.values()
+        assert len(a) == len(b) <= CURVE_POINTS
+        assert farthest(x, y, a, b) < 1e-3
+
+
+def test_curves_pass_through_the_points_of_their_definition() -> None:
+    scores, masks = maps("ties")
+    rates, overlaps = curve_by_definition(scores, masks)
+    drawn = curves(rank(scores, masks, Truth.of(masks)).vertices())
+    assert farthest(rates, overlaps, drawn["pro"]["fpr"], drawn["pro"]["pro"]) < 1e-3
+    for name, (first, last) in {
+        "roc": ((0, 0), (1, 1)),
+        "pro": ((0, 0), (1, 1)),
+        "pr": ((0, 1), (1, masks.float().mean().item())),
+    }.items():
+        a, b = drawn[name].values()
+        assert (a[0], b[0]) == first and (a[-1], b[-1]) == pytest.approx(last, abs=1e-7)
+
+
+def test_a_curve_that_needs_more_points_gets_the_most_important_ones() -> None:
+    x = np.linspace(0, 1, 4001)
+    y = np.where(np.arange(4001) % 2 == 0, x, 0.0)  # jumps up and down all the way
+    chosen = thin(x, y, points=50)
+    assert len(chosen) == 50 and chosen[0] == 0 and chosen[-1] == 4000
+
+
+# --- images ---
 
 
 def test_image_score_is_the_best_window() -> None:

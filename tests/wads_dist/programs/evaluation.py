@@ -1,0 +1,44 @@
+"""``evaluate`` as real ranks: arguments are the shards and, for each evaluation, "exact|histogram normal|synthetic"; prints a
+line of JSON for each, floats to the last bit."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+import torch
+import torch.distributed as dist
+
+from shards.source import Dataset
+from tests.wads_dist.programs.common import leave, small_config
+from wads_dist.distributed import Ranks
+from wads_dist.evaluate import evaluate
+from wads_dist.models import Wads
+
+if __name__ == "__main__":
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
+    for setting in sys.argv[2:]:
+        metrics, threshold = setting.split()
+        config = small_config(
+            *f"--evaluation.metrics {metrics} --evaluation.threshold {threshold} --evaluation.batch_size 3".split(),
+            *"--evaluation.bins 64 --evaluation.pixel_false_positive_rate 0.2".split(),
+        )
+        torch.manual_seed(0)
+        model = Wads(config.model, 64).eval()
+        result = evaluate(model, config, Dataset.open(sys.argv[1]), "demo_biscuit", Ranks.from_environment())
+        shown = [result.test.keys, result.predictions.code.tolist(), result.predictions.probability.sum().item()]
+        print(
+            json.dumps(
+                {
+                    "metrics": result.metrics,
+                    "curves": result.curves,
+                    "threshold": asdict(result.threshold) if result.threshold else None,
+                    "shown": shown if result.test.keys else [],
+                }
+            )
+        )
+    leave()
