@@ -45,7 +45,8 @@ def events(run: Path, category: str) -> list[dict[str, object]]:
 @pytest.mark.slow
 def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = launch(command(demo_shards, run), ranks=2)
+    together = ["--parallel.ranks_per_category", "2"]
+    first = launch(command(demo_shards, run, *together), ranks=2)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     summary = json.loads((run / "summary.json").read_text())
     assert len(summary["categories"]) == 2 and summary["failed"] == {}
@@ -65,7 +66,7 @@ def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tm
     assert "commit" in json.loads((run / "code.json").read_text())
     assert "pixel" in first.stdout and str(run) in first.stdout.replace("\n", "")
 
-    again = launch(command(demo_shards, run), ranks=2)
+    again = launch(command(demo_shards, run, *together), ranks=2)
     assert again.returncode == 0 and again.stdout.count("done already") == 2
     assert json.loads((run / "summary.json").read_text()) == summary
 
