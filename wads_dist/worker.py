@@ -26,13 +26,13 @@ from deepspeed.accelerator import get_accelerator
 from kernels.philox import shuffled
 from shards.source import Dataset
 from shards.verify import open_category
-from wads_dist import checkpoint
+from wads_dist import checkpoint, validation
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, rank_samples
 from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
-from wads_dist.evaluate import evaluate, load_model, save_weights
+from wads_dist.evaluate import evaluate, load_model, save_threshold, save_weights
 from wads_dist.figures import save_samples
 from wads_dist.guards import Requests, slowness
 from wads_dist.leases import METRICS, still_held
@@ -40,7 +40,7 @@ from wads_dist.pulse import Pulse
 from wads_dist.signals import StopRequest, worker_signals
 from wads_dist.trainer import Losses, Trainer
 
-REJECTED = "rejected.jsonl"
+REJECTED, CURVES = "rejected.jsonl", "curves.json"
 
 
 class Events:
@@ -147,6 +147,9 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
         return Requests(stop.requested, bool(minutes) and time.monotonic() - last_save > minutes * 60)
 
     trainer = Trainer(config, ranks, TrainingData(config, dataset, category, ranks.device), requests, pulse, category)
+    pictured = (
+        validation.ValidationSamples.of(config, dataset, category, trainer.data) if validation.wanted(trainer) else None
+    )
     events = Events(folder, ranks.is_first)
     resumed = checkpoint.resume(trainer, checkpoints, data, events.write)
     started_at, started = trainer.progress.next_sample, time.monotonic()
@@ -204,6 +207,9 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
                 bytes=saved.bytes,
                 seconds=round(saved.seconds, 3),
             )
+            if pictured and not verdict.stop:
+                pulse.mark("figure", progress.step)
+                validation.show(trainer, pictured)
 
     with stop.deferred():
         spent = trainer.train(on_step)
@@ -235,6 +241,8 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "fingerprint": data.fingerprint,
         }
         save_samples(folder / "samples.png", category, evaluation)
+        save_threshold(folder, evaluation.threshold)
+        checkpoint.write_text(folder / CURVES, json.dumps(evaluation.curves))
         require_lease(work.lease, ranks)
         # Last: this file says that the category is done.
         checkpoint.write_text(folder / METRICS, json.dumps(metrics, indent=1))
