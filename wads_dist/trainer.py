@@ -124,8 +124,8 @@ class Trainer:
     ) -> None:
         """Builds networks and engines; every rank starts from the same weights, which depend on the seed only.
 
-        ``requests`` is asked at every step whether this rank wants to save or to stop; ``pulse`` is told where it stands. ``category``
-        names what DeepSpeed's monitors write.
+        ``requests`` is asked at every step whether this rank wants to save or to stop; ``pulse`` is told where it stands;
+        ``category`` names what DeepSpeed's monitors write.
         """
         self.config, self.ranks, self.data = config, ranks, data
         self.requests, self.pulse, self.own_time = requests, pulse or Pulse(), OwnTime(ranks.device.type)
