@@ -11,21 +11,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wads_dist.entry import leave, main
 from wads_dist.sweep import sweep
 
+DESCRIPTION = (
+    "Trains every run of a grid and its seeds, each over all of its categories: here, one run after the other, or as a Slurm "
+    "job array with a task for each category of each run. The same command goes on with what is not done."
+)
 
-def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options of the sweep, and the rest: settings that all of its runs share."""
+
+def parse(
+    argv: Sequence[str] | None = None, *, description: str = DESCRIPTION, grid: bool = True
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the sweep, and the rest: settings that all of its runs share. Without ``grid``, that is none of them."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --out SWEEP [options] [--config FILE] [--SECTION.FIELD VALUE ...]",
-        description="Trains every run of a grid and its seeds, each over all of its categories: here, one run after the other, "
-        "or as a Slurm job array with a task for each category of each run. The same command goes on with what is not done.",
+        description=description,
         epilog="Settings are those of launch/train.py (see its --help). Exit code 0: all is done; 2: the configuration is "
         "wrong; 3: the data is; 4: categories have failed; 5: the folder holds another sweep; 7: stopped; 130: interrupted.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="SWEEP", help="folder of the sweep, with a folder for each run")
-    add("--grid", action="append", default=[], metavar="SECTION.FIELD=A,B,...", help="values of a setting, one run for each; "
-        "several --grid multiply. Values that hold commas are separated by semicolons")  # fmt: skip
+    if grid:
+        add("--grid", action="append", metavar="SECTION.FIELD=A,B,...", help="values of a setting, one run for each; several "
+            "--grid multiply. Values that hold commas are separated by semicolons")  # fmt: skip
+    parser.set_defaults(grid=[])
     add("--seeds", type=int, metavar="N", help="N runs for each point of the grid, trainer.seed counting up")
     add("--ranks", type=int, metavar="N", help="processes of a launch (default: one for each GPU)")
     add("--dry-run", action="store_true", help="print the plan (and the job script), and write nothing")

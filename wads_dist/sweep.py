@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -31,12 +31,15 @@ QUEUE_SECONDS = 10.0
 LOGS, CHECKPOINTS = "logs", "checkpoints"
 
 
-def sweep(given: argparse.Namespace, arguments: Sequence[str]) -> int:
+def sweep(
+    given: argparse.Namespace, arguments: Sequence[str], variants: Mapping[str, Mapping[str, str]] | None = None
+) -> int:
     """Plans, trains or submits, watches and sums up; returns the exit code.
 
     Args:
         given: what ``launch/sweep.py`` parsed.
         arguments: the rest of its command line, which are settings.
+        variants: as ``plan_runs`` takes them.
 
     Raises:
         ConfigError, DataError: before anything is started, with every problem of every run.
@@ -46,7 +49,7 @@ def sweep(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     if given.task is not None:
         return run_task(load(out), given.task)
     console = Console(stderr=given.json)
-    runs = plan_runs(out, arguments, parse_grid(given.grid), given.seeds, build=not given.dry_run)
+    runs = plan_runs(out, arguments, parse_grid(given.grid), given.seeds, build=not given.dry_run, variants=variants)
     options = None
     if given.slurm:
         names = ("partition", "time", "gpus", "cpus", "array_limit", "signal_before", "sbatch")

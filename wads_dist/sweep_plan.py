@@ -116,7 +116,13 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
 
 
 def plan_runs(
-    out: Path, arguments: Sequence[str], grid: Mapping[str, Sequence[str]], seeds: int | None, *, build: bool
+    out: Path,
+    arguments: Sequence[str],
+    grid: Mapping[str, Sequence[str]],
+    seeds: int | None,
+    *,
+    build: bool,
+    variants: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[Run]:
     """Every run, its configuration validated and its categories known.
 
@@ -124,28 +130,33 @@ def plan_runs(
         arguments: settings that all runs share, as on the command line of ``launch/train.py``.
         seeds: runs for each point of the grid, with ``trainer.seed`` counting up from the one set; None: that seed alone.
         build: build the shards of ``data.root``; otherwise look at its folders only.
+        variants: combinations of settings that have a name (name → path → value); every point of the grid in each of them.
 
     Raises:
         ConfigError, DataError: with every problem of every run.
     """
     problems: list[str] = []
+    variants = variants or {"": {}}
+    varied = [path for fixed in variants.values() for path in fixed]
+    problems += [f"--grid {path}: {', '.join(variants)} set it" for path in grid if path in varied]
     if any(argument.partition("=")[0] in ("--run.dir", "--run-dir") for argument in arguments):
         problems.append("run.dir: --out decides where the runs of a sweep are")
     if seeds is not None and SEED in grid:
         problems.append(f"--grid {SEED} and --seeds: give one of them")
     fields = [*grid, *([SEED] if seeds is not None else [])]
     planned: dict[str, tuple[str, Config]] = {}
-    for values in itertools.product(*grid.values()):
-        point = [*arguments, *(f"--{path}={value}" for path, value in zip(grid, values, strict=True))]
+    for (variant, fixed), values in itertools.product(variants.items(), itertools.product(*grid.values())):
+        chosen = [*fixed.items(), *zip(grid, values, strict=True)]
+        point = [*arguments, *(f"--{path}={value}" for path, value in chosen)]
         try:
             first = load_config(point).trainer.seed
             for seed in range(first, first + (seeds or 1)):
                 config = load_config([*point, f"--{SEED}={seed}"])
                 config.require_data()
                 deepspeed_config(config, config.parallel.ranks_per_category or 1)
-                if (name := _name(config, fields)) in planned:
+                if (name := _name(config, fields, variant)) in planned:
                     problems.append(f"--grid: two runs would be {name}")
-                planned[name] = _name(config, list(grid)), config
+                planned[name] = _name(config, list(grid), variant), config
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -154,7 +165,7 @@ def plan_runs(
     located: dict[Any, tuple[str | None, list[str]]] = {}
     runs = []
     for name, (point_name, config) in planned.items():
-        settings = {path: _value(config, path) for path in fields}
+        settings = {path: _value(config, path) for path in dict.fromkeys([*varied, *fields])}
         key = (config.data.root, config.data.shards)
         if key not in located:
             located[key] = _locate(config, build)
@@ -183,12 +194,13 @@ def _value(config: Config, path: str) -> Any:
     return json.loads(json.dumps(reduce(getattr, path.split("."), config), default=str))
 
 
-def _name(config: Config, fields: Sequence[str]) -> str:
-    """A folder's name from the values of ``fields``: ``kl.rho=0.03,seed=1``."""
+def _name(config: Config, fields: Sequence[str], variant: str) -> str:
+    """A folder's name from the variant and the values of ``fields``: ``noKL,kl.rho=0.03,seed=1``."""
     short = [path.partition(".")[2] or path for path in fields]
     paths = short if len(set(short)) == len(short) else fields
     values = [re.sub(r"[^\w.+-]+", "-", json.dumps(_value(config, path)).strip('"[]')).strip("-") for path in fields]
-    return ",".join(f"{path}={value}" for path, value in zip(paths, values, strict=True)) or LONE
+    named = [f"{path}={value}" for path, value in zip(paths, values, strict=True)]
+    return ",".join([variant] * bool(variant) + named) or LONE
 
 
 # --- the record --------------------------------------------------------------------------------------------------
