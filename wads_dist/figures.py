@@ -1,16 +1,31 @@
-"""Pictures of results: input, reconstruction, truth and prediction side by side, as in the paper's Figure 7."""
+"""Pictures of results: input, reconstruction, truth and prediction side by side, as in the paper's Figure 7.
 
+``save_samples`` draws one picture for a person who looks into the folder; ``save_examples`` writes the single tiles of the
+best, median and worst images, from which the report is made.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
+from wads_dist.checkpoint_files import write_text
 from wads_dist.evaluate import Evaluation
+from wads_dist.metrics import binary_metrics, image_score
+from wads_dist.report_data import EXAMPLES, EXAMPLES_FILE
 
 COLUMNS = ("input", "reconstruction", "ground truth", "prediction")
+# A larger picture says no more in a report, and 15 categories of them must fit into a mail.
+TILE, JPEG_QUALITY = 128, 85
 
 
 def chosen_rows(defects: list[str], count: int) -> list[int]:
@@ -50,3 +65,91 @@ def save_samples(path: Path, category: str, evaluation: Evaluation, count: int =
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=100, format="png")
     temporary.replace(path)
+
+
+# --- single tiles ------------------------------------------------------------------------------------------------
+
+
+def save_examples(folder: Path, category: str, evaluation: Evaluation, window: int = 15, each: int = 2) -> None:
+    """Writes ``folder``/examples/: tiles of the best, median and worst test images, and last ``examples.json``.
+
+    Images with a defect and a mask are ranked by their own average precision, normal ones by their image score (the lowest is
+    the best). An example has ``key``, ``defect``, ``rank``, ``place`` of ``of``, ``score`` (of the image), ``ap`` and ``iou``
+    of its pixels (None for normal images), and ``tiles``: the names of the files of input, reconstruction, truth, heat (the
+    probability from 0 to 1) and mask (the probability at the model's threshold; at 0.5 if it has none).
+
+    Args:
+        folder: the category's.
+        window: that of the image score (``evaluation.score_window``).
+        each: defective images of each rank; of normal ones there is one median and one worst.
+    """
+    test, probability = evaluation.test, evaluation.predictions.probability
+    threshold = evaluation.threshold.pixel if evaluation.threshold else 0.5
+    scores = image_score(probability, window).tolist()
+    normal = [i for i, defect in enumerate(test.defects) if defect == "good"]
+    marked = [
+        i for i, defect in enumerate(test.defects) if defect != "good" and test.has_mask[i] and test.masks[i].any()
+    ]
+    ap = {i: binary_metrics(probability[i], test.masks[i]).average_precision or 0.0 for i in marked}
+    by_precision, by_score = sorted(marked, key=lambda i: -ap[i]), sorted(normal, key=lambda i: scores[i])
+    chosen = [(i, rank, by_precision) for rank, of in ranked(by_precision, each).items() for i in of]
+    chosen += [(i, rank, by_score) for rank, of in ranked(by_score, 1).items() if rank != "best" for i in of]
+
+    out = folder / EXAMPLES
+    out.mkdir(exist_ok=True)
+    (out / EXAMPLES_FILE).unlink(missing_ok=True)
+    entries: list[dict[str, Any]] = []
+    for number, (i, rank, order) in enumerate(chosen):
+        predicted = probability[i] >= threshold
+        union = (predicted | test.masks[i]).sum().item()
+        entries.append(
+            {
+                "key": test.keys[i],
+                "defect": test.defects[i],
+                "rank": rank,
+                "place": order.index(i) + 1,
+                "of": len(order),
+                "score": scores[i],
+                "ap": ap.get(i),
+                "iou": (predicted & test.masks[i]).sum().item() / union if i in ap else None,
+                "tiles": _save_tiles(out, f"{number:02d}", _pictures(evaluation, i, predicted)),
+            }
+        )
+    content = {"category": category, "threshold": threshold, "examples": entries}
+    write_text(out / EXAMPLES_FILE, json.dumps(content, indent=1))
+
+
+def ranked(order: Sequence[int], each: int) -> dict[str, list[int]]:
+    """Up to ``each`` of the best, median and worst of ``order``, best first; nothing twice, the extremes before the median."""
+    best = list(order[:each])
+    worst = [i for i in order[-each:] if i not in best]
+    start = max(0, (len(order) - each) // 2)
+    median = [i for i in order[start : start + each] if i not in (*best, *worst)]
+    return {"best": best, "median": median, "worst": worst}
+
+
+def _pictures(evaluation: Evaluation, i: int, predicted: Tensor) -> dict[str, Image.Image]:
+    heat = matplotlib.colormaps["inferno"](evaluation.predictions.probability[i].numpy())[..., :3]
+    return {
+        "input": _photo(evaluation.test.images[i]),
+        "reconstruction": _photo(evaluation.predictions.reconstruction[i]),
+        "truth": Image.fromarray(evaluation.test.masks[i].numpy()),
+        "heat": Image.fromarray((heat * 255).astype(np.uint8)),
+        "mask": Image.fromarray(predicted.numpy()),
+    }
+
+
+def _photo(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1]."""
+    pixels: NDArray[np.uint8] = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels)
+
+
+def _save_tiles(folder: Path, prefix: str, pictures: Mapping[str, Image.Image]) -> dict[str, str]:
+    """Names of the files: masks, which have two colours, as PNG; all others as JPEG."""
+    names = {}
+    for name, picture in pictures.items():
+        picture.thumbnail((TILE, TILE), Image.Resampling.NEAREST if picture.mode == "1" else Image.Resampling.LANCZOS)
+        names[name] = f"{prefix}-{name}.{'png' if picture.mode == '1' else 'jpg'}"
+        picture.save(folder / names[name], optimize=True, quality=JPEG_QUALITY)
+    return names
