@@ -1,0 +1,28 @@
+"""Train and tabulate the ablations of the paper's Table 4: ``python launch/ablations.py --out DIR [--seeds N] [--slurm]
+[--config FILE] [--SECTION.FIELD VALUE ...]``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.sweep import parse
+from wads_dist.config import Config
+from wads_dist.entry import leave, main
+
+DESCRIPTION = (
+    "Trains the method (wads), the same without SSIM in the reconstruction loss (noSSIM) and without the sparsity KL (noKL), "
+    "each over all categories, scores local binary patterns in the place of the segmenter (LBP), and prints and writes the "
+    "table. The same command goes on with what is not done."
+)
+
+
+def run(_: Config) -> int:
+    from wads_dist.ablations import ablations
+
+    return ablations(given, settings)
+
+
+if __name__ == "__main__":
+    given, settings = parse(description=DESCRIPTION, grid=False)
+    leave(main(run, []))
