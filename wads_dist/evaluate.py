@@ -170,10 +170,9 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
     metrics |= {"reconstruction": ranks.gather(health)[0], "test_images": total, "at_threshold": None}
     if threshold:
-        part.decisions.counts = summed(part.decisions.counts.to(ranks.device), ranks).cpu()
         of_images = Decisions()
         of_images.add(scores >= threshold.image, anomalous)
-        metrics["at_threshold"] = part.decisions.rates("pixel") | of_images.rates("image")
+        metrics["at_threshold"] = part.rates_of_pixels(ranks) | of_images.rates("image")
     else:
         metrics["no_threshold"] = none
     return Evaluation(metrics, test, predictions, pixels[MODEL].curves, threshold)
@@ -185,7 +184,7 @@ class Part:
     def __init__(self, config: Config, ranks: Ranks, threshold: Threshold | None) -> None:
         self.config, self.device, self.threshold = config.evaluation, ranks.device, threshold
         self.pixels = {name: pixel_scores(config.evaluation, ranks.device) for name in (MODEL, *DESCRIPTION)}
-        self.decisions = Decisions()
+        self.decisions, self.of_normal_images = Decisions(), Decisions()
         self.scores: list[float] = []
         self.anomalous: list[bool] = []
         self.kept: list[tuple[TestImages, Predictions]] = []
@@ -200,10 +199,23 @@ class Part:
         for name, values in maps.items():
             self.pixels[name].add(values[masked.to(self.device)], truth)
         if self.threshold:
-            self.decisions.add(predictions.probability[masked] >= self.threshold.pixel, truth.masks)
+            marked, normal = predictions.probability >= self.threshold.pixel, [d == "good" for d in test.defects]
+            self.decisions.add(marked[masked], truth.masks)
+            self.of_normal_images.add(marked[normal], test.masks[normal])
         self.scores += image_score(predictions.probability, self.config.score_window).tolist()
         self.anomalous += [defect != "good" for defect in test.defects]
         self.kept.append((test.rows(keep), predictions.rows(keep)))
+
+    def rates_of_pixels(self, ranks: Ranks) -> dict[str, float | None]:
+        """What the threshold achieves on the pixels of all ranks. Collective.
+
+        The false-positive rate is also that of normal images alone, which is what the threshold was chosen for: beside a
+        defect there are always some pixels that the mask leaves out.
+        """
+        for decisions in (self.decisions, self.of_normal_images):
+            decisions.counts = summed(decisions.counts.to(ranks.device), ranks).cpu()
+        rate = self.of_normal_images.rates("pixel")["pixel_false_positive_rate"]
+        return self.decisions.rates("pixel") | {"pixel_false_positive_rate_of_normal_images": rate}
 
 
 def _joined(

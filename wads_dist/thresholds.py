@@ -8,7 +8,6 @@ anomalies synthesised on them. What it achieves on the test set is then a result
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -212,7 +211,7 @@ class Decisions:
         rows = (anomalous & truth, anomalous & ~truth, truth, ~truth)
         self.counts += torch.tensor([int(row.sum()) for row in rows])
 
-    def rates(self, prefix: str) -> dict[str, Any]:
+    def rates(self, prefix: str) -> dict[str, float | None]:
         """F1, IoU, precision, recall and false-positive rate under ``prefix``; None where not defined."""
         hits, false_alarms, anomalous, normal = self.counts.tolist()
 

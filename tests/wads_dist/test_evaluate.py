@@ -126,10 +126,11 @@ def test_decisions_at_the_threshold_are_counted_over_the_test_set(config: Config
     probability[1, :4, :2] = 0.5  # half of the defect, exactly at the threshold
     probability[2] = 0.9  # has no mask
     part = painted(config, images(3, ["good", "cut", "unmasked"]), probability, THRESHOLD)
-    rates = part.decisions.rates("pixel")
+    rates = part.rates_of_pixels(ALONE)
     assert rates["pixel_f1"] == pytest.approx(2 * 8 / (8 + 3 + 16)) and rates["pixel_iou"] == pytest.approx(8 / 19)
     assert rates["pixel_recall"] == 0.5 and rates["pixel_precision"] == pytest.approx(8 / 11)
     assert rates["pixel_false_positive_rate"] == pytest.approx(3 / (2 * 32 * 32 - 16))
+    assert rates["pixel_false_positive_rate_of_normal_images"] == pytest.approx(3 / 32**2)
 
 
 def test_what_is_not_defined_is_none_with_a_reason() -> None:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from skimage.measure import label
 from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
@@ -182,9 +181,10 @@ def maps(name: str) -> tuple[Tensor, Tensor]:
 def curve_by_definition(scores: Tensor, masks: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """False-positive rate and mean overlap at every distinct score, one threshold at a time."""
     s, truth = scores.numpy(), masks.numpy()
+    measure = pytest.importorskip("skimage.measure")  # not everywhere the GPU tests run
     components = []
     for i, mask in enumerate(truth):
-        labels = label(mask, connectivity=2)
+        labels = measure.label(mask, connectivity=2)
         components += [(i, labels == k) for k in range(1, labels.max() + 1)]
     rates, overlaps = [0.0], [0.0]
     for threshold in np.unique(s)[::-1]:
@@ -243,6 +243,13 @@ def test_a_small_component_weighs_as_much_as_a_large_one() -> None:
 )  # fmt: skip
 def test_maps_of_one_class_have_no_metrics_but_a_reason(masks: Tensor, reason: str) -> None:
     assert map_metrics(torch.rand(masks.shape), masks.bool()) == BinaryMetrics(undefined=reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MAPS)
+def test_a_gpu_counts_to_the_same_bits(name: str) -> None:
+    scores, masks = maps(name)
+    assert map_metrics(scores.cuda(), masks.cuda()) == map_metrics(scores, masks)
 
 
 # --- curves ---
