@@ -144,7 +144,13 @@ def restore_random_state(state: dict[str, Any]) -> None:
 # --- saving ------------------------------------------------------------------------------------------------------
 
 
-def save(trainer: "Trainer", folder: Path, data: DataHashes, loss: float | None = None) -> Saved:
+def save(
+    trainer: "Trainer",
+    folder: Path,
+    data: DataHashes,
+    loss: float | None = None,
+    may_publish: Callable[[], bool] = lambda: True,
+) -> Saved:
     """Writes and publishes a checkpoint of the trainer's present step; collective. Never raises for want of space.
 
     A crash at any moment leaves the previous checkpoint and the pointer to it as they were; so does a disk that is full,
@@ -155,6 +161,8 @@ def save(trainer: "Trainer", folder: Path, data: DataHashes, loss: float | None 
         folder: the category's ``checkpoints``, on a file system that all ranks share.
         data: what is trained on.
         loss: mean loss since the previous save, the same on every rank; decides which checkpoint is the best.
+        may_publish: asked on the first rank right before the rename; a process that was frozen for minutes may have been
+            succeeded by another, whose files it must leave alone.
     """
     started = time.monotonic()
     ranks, name = trainer.ranks, files.name_of(trainer.progress.step)
@@ -180,6 +188,8 @@ def save(trainer: "Trainer", folder: Path, data: DataHashes, loss: float | None 
                     out.write(text.encode())
                 entries[PROGRESS] = out.entry()
                 files.write_manifest(partial, entries)
+                if not may_publish():
+                    return _said(ranks.gather(Saved(problem="another group has taken over"))[0], ranks)
                 files.publish(folder, name)
         except OSError as error:
             problem = describe(error)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from wads_dist.config import ConfigError, ParallelConfig
+from wads_dist.leases import this_machine
+from wads_dist.signals import start_time
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,21 @@ class Place:
     address: str = "127.0.0.1"
     """Its host, as the other hosts of the launch see it."""
     pid: int = 0
+    started: str = ""
+    """Start time of the process, which tells it from a later one of its number."""
+    machine: str = ""
+    """Boot and pid namespace: where they are others, nothing can be said of the process."""
 
     @classmethod
     def here(cls, address: str) -> "Place":
         """The launcher's number of the node, if it has given one, tells two containers of one name apart."""
         number = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or ""
-        return cls(f"{number}/{socket.gethostname()}", address, os.getpid())
+        pid = os.getpid()
+        return cls(f"{number}/{socket.gethostname()}", address, pid, start_time(pid) or "", this_machine())
+
+    def is_alive(self) -> bool:
+        """False if the process has ended, as far as that can be told from here."""
+        return self.machine != this_machine() or start_time(self.pid) == self.started
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -39,7 +50,7 @@ def form_groups(nodes: Sequence[str], parallel: ParallelConfig, categories: int,
         nodes: of every launched rank, in rank order.
         parallel: says how large groups are, or that they are as small as gives every category one.
         categories: of the run, whether done or not, so that a second start of the command forms the same groups.
-        batch: the global batch size, which the ranks of a group share.
+        batch: the global batch size, which the ranks of a group share, in units of the micro-batch where that is given.
 
     Raises:
         ConfigError: no group can be so large.

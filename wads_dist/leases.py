@@ -24,8 +24,12 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict
 
 from wads_dist.checkpoint_files import write_text
+from wads_dist.errors import ExitCode, WadsError
+from wads_dist.signals import start_time
 
 METRICS, QUEUE = "metrics.json", "queue"
+# What another try would only repeat.
+REPEATS = frozenset({ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.REFUSED_RESUME, ExitCode.NOT_FINITE})
 NAME = re.compile(r"(\d{3,})(\.ended)?\.json")
 # A renewal is due after a twelfth of the time, so that a few may be late or get lost.
 BEATS, LONGEST_BEAT = 12, 5.0
@@ -178,8 +182,6 @@ class Queue:
 
     def _given_up(self, attempts: list[Attempt]) -> int | None:
         """The exit code of this launch's last try, if there will be no other."""
-        from wads_dist.errors import ExitCode  # imports torch
-
         codes = [
             attempt.end.code if attempt.end else int(ExitCode.RANK_LOST)
             for attempt in attempts
@@ -188,15 +190,13 @@ class Queue:
             if attempt.end or attempt is not attempts[-1] or self._expired(attempt)
         ]
         failures = [code for code in codes if code not in (ExitCode.OK, ExitCode.PREEMPTED)]
-        # What another try would only repeat.
-        repeats = {ExitCode.BAD_CONFIG, ExitCode.BAD_DATA, ExitCode.REFUSED_RESUME, ExitCode.NOT_FINITE}
-        return failures[-1] if len(failures) >= self.attempts or repeats & set(failures) else None
+        return failures[-1] if len(failures) >= self.attempts or REPEATS & set(failures) else None
 
     def _expired(self, attempt: Attempt) -> bool:
         """Whether the holder's process is gone (told on its own machine only), or its heartbeat was seen unchanged for
         ``lease_seconds``."""
         claim = attempt.claim
-        if claim and claim.machine == this_machine() and _start_time(claim.pid) != claim.started:
+        if claim and claim.machine == this_machine() and start_time(claim.pid) != claim.started:
             return True
         try:
             mtime = _stat_anew(attempt.path).st_mtime_ns
@@ -225,7 +225,7 @@ class Queue:
             **asdict(self.owner),
             machine=this_machine(),
             pid=pid,
-            started=_start_time(pid) or "",
+            started=start_time(pid) or "",
             time=time.time(),
         )
         temporary = folder / f".{path.name}.{uuid4().hex}"
@@ -238,8 +238,6 @@ class Queue:
             if _stat_anew(temporary).st_nlink == 1:
                 return None
         except OSError as error:
-            from wads_dist.errors import WadsError  # imports torch
-
             raise WadsError(
                 f"run.dir: the lease {path} could not be written ({error.strerror}): the folder must be writable, with space "
                 "left, on a file system that has hard links (local disks, NFS, Lustre, GPFS and CephFS have)"
@@ -279,12 +277,6 @@ def this_machine() -> str:
     """Equal for two processes exactly if each can look up the other by its pid: one boot of one machine, one pid namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def _start_time(pid: int) -> str | None:
-    from wads_dist import signals  # imports torch
-
-    return signals._start_time(pid)
 
 
 def _read_attempts(folder: Path, known: dict[int, Attempt]) -> list[Attempt]:

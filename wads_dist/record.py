@@ -12,7 +12,7 @@ from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, config_difference, load_config
 from wads_dist.deepspeed_config import read_settings
 from wads_dist.errors import ExitCode, ResumeError
-from wads_dist.leases import METRICS
+from wads_dist.leases import METRICS, QUEUE, attempts_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG, DEEPSPEED, SUMMARY, CODE = "config.toml", "deepspeed.json", "summary.json", "code.json"
@@ -39,6 +39,8 @@ class Outcome:
     failed: dict[str, int] = field(default_factory=dict)
     preempted: bool = False
     """Asked to stop; what was not done yet is neither done nor failed."""
+    missing: list[str] = field(default_factory=list)
+    """Neither done nor failed."""
 
     @property
     def status(self) -> int:
@@ -46,7 +48,7 @@ class Outcome:
         if self.preempted:
             return ExitCode.PREEMPTED
         if not self.failed:
-            return ExitCode.OK
+            return ExitCode.RANK_LOST if self.missing else ExitCode.OK
         lone = len(self.failed) == 1 and not self.done
         return next(iter(self.failed.values())) if lone else ExitCode.CATEGORY_FAILED
 
@@ -117,12 +119,20 @@ def code_version() -> dict[str, str]:
 
 
 def record_summary(folder: Path, outcome: Outcome, categories: list[str], *, over: bool) -> dict[str, Any]:
-    """Writes and returns ``summary.json``: what is done and failed so far, and whether all of ``categories`` are done.
+    """Writes and returns ``summary.json``: what is done and failed so far, and whether all is done: ``categories``, and what
+    other launches of the run have begun, which may be at work beside this one.
 
     A launcher's exit code cannot be trusted (DeepSpeed's exits 0 after its inner process was killed); ``complete`` can.
     """
-    summary = summarise(folder, outcome.failed)
-    missing = [name for name in categories if name not in summary["categories"]]
+    begun = sorted(path.name for path in (folder / QUEUE).glob("*") if path.is_dir())
+    failed = {}
+    for name in dict.fromkeys([*categories, *begun]):
+        attempts = attempts_of(folder, name)
+        if attempts and (end := attempts[-1].end) and end.code not in (ExitCode.OK, ExitCode.PREEMPTED):
+            failed[name] = end.code
+    done = {path.parent.name for path in folder.glob(f"*/{METRICS}")}
+    summary = summarise(folder, {name: code for name, code in (failed | outcome.failed).items() if name not in done})
+    missing = [name for name in dict.fromkeys([*categories, *begun]) if name not in done]
     summary |= {
         "complete": over and not missing,
         "missing": missing,

@@ -356,10 +356,8 @@ class Group:
         Raises:
             RankLostError: a rank of the group is gone.
         """
-        if self.launch.store is None:
-            return [value]
-        self.launch._call("set", f"{self.name}/{key}/{self.rank}", value or "-")
-        return [self._get(f"{self.name}/{key}/{r}") for r in range(self.world_size)]
+        values = self.collect(key, value or "-")
+        return list(json.loads(self.share(f"{key}/all", json.dumps(values) if self.is_first else None)))
 
     def collect(self, key: str, value: str) -> list[str]:
         """Each rank's ``value``, in rank order, on the group's first rank; nothing on the others, which do not wait.
@@ -414,7 +412,9 @@ def address_towards(address: str, port: int = 9) -> str:
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, port))
-            return str(probe.getsockname()[0])
+            found = str(probe.getsockname()[0])
+            # Debian's hosts call themselves 127.0.1.1: others know this one by the name that it was given.
+            return address if found.startswith("127.") else found
         except OSError:
             return socket.gethostname()
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from shards.build import build
 from shards.errors import DataError
 from shards.source import Dataset
-from wads_dist.categories import Plan, work
+from wads_dist.categories import CONFIG, LOG, Plan, work
 from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, resolve_batches
 from wads_dist.data import open_texture_bank
@@ -55,7 +55,7 @@ def train_run(config: Config) -> int:
             code = train_and_record(config, plan, launch, stop)
         else:
             code = ExitCode.OK  # the first rank says
-            work(config, plan, launch, stop, on_tick=lambda: None)
+            work(config, plan, launch, stop, on_tick=lambda: False)
         stop.leaving = True  # as soon as one rank has left, a launcher may end the others
         return launch.leave(code)
     except BaseException as error:
@@ -71,7 +71,7 @@ def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopReque
     said: set[int] = set()
     recorded: Outcome | None = None
 
-    def on_tick() -> None:
+    def on_tick() -> bool:
         nonlocal recorded
         for rank, reason in launch.lost().items():
             if rank not in said:
@@ -81,16 +81,18 @@ def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopReque
         if (outcome := look()) != recorded:
             record_summary(run, outcome, plan.categories, over=False)
             recorded = outcome
+        return not outcome.missing
 
     def look() -> Outcome:
         done = [name for name in plan.categories if (run / name / METRICS).is_file()]
-        return Outcome(done, queue.failed())
+        failed = queue.failed()
+        return Outcome(done, failed, missing=[c for c in plan.categories if c not in done and c not in failed])
 
     describe(config, plan, console)
     with Live(run, plan.categories, console):
         work(config, plan, launch, stop, on_tick)
     outcome = look()
-    outcome.preempted = stop.requested and len(outcome.done) < len(plan.categories)
+    outcome.preempted = stop.requested and bool(outcome.missing)
     conclude(config, outcome, plan.categories, console)
     return outcome.status
 
@@ -170,11 +172,14 @@ def settle_run(config: Config, nodes: list[str]) -> dict[str, Any]:
     """
     # First what takes no time: building shards may take hours.
     known = None if config.data.categories == ["all"] else len(config.data.categories)
-    check_settings(config, len(form(config, nodes, known or len(nodes))[0]))
+    check_settings(config, len(form(config, nodes, known)[0]) if known else config.parallel.ranks_per_category or 1)
     location = locate_shards(config)
     settled, fingerprints = settle(config, nodes, location)
     open_run(config, fingerprints)
     record_summary(config.run.dir, Outcome(), settled["categories"], over=False)
+    log = config.run.dir / LOG / settled["launch"]
+    log.mkdir(parents=True)
+    write_text(log / CONFIG, config.to_toml())
     return settled
 
 
@@ -205,7 +210,8 @@ def settle(config: Config, nodes: list[str], location: str) -> tuple[dict[str, A
 
 
 def form(config: Config, nodes: list[str], categories: int) -> list[tuple[int, ...]]:
-    return form_groups(nodes, config.parallel, categories, config.trainer.global_batch_size)
+    batch = config.trainer.global_batch_size // (config.trainer.micro_batch_size or 1)
+    return form_groups(nodes, config.parallel, categories, batch)
 
 
 def new_launch_id() -> str:

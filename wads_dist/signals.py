@@ -32,7 +32,8 @@ class StopRequest:
         self.requested = False
         self.leaving = False
         """On the way out: a signal more must not break off what is said to the other ranks."""
-        self._since = 0.0
+        self._since: float | None = None
+        """When this process itself was first signalled; what it was asked otherwise counts for no signal."""
         self._deferring = False
 
     @contextmanager
@@ -45,9 +46,8 @@ class StopRequest:
             self._deferring = False
 
     def request(self) -> None:
-        """As a first signal does; several of these are one."""
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
+        """What a first signal asks for, asked by another rank."""
+        self.requested = True
 
     def receive(self, signum: int) -> None:
         now = time.monotonic()
@@ -57,8 +57,8 @@ class StopRequest:
             self.end(ExitCode.INTERRUPTED)
         elif not self._deferring:
             self.end(ExitCode.PREEMPTED)
-        elif not self.requested:
-            self.request()
+        elif self._since is None:
+            self.requested, self._since = True, now
         elif now - self._since > SAME_SECONDS:
             self.end(ExitCode.PREEMPTED)
 
@@ -97,7 +97,9 @@ def worker_signals() -> StopRequest:
         keep = writer  # its descriptor is open for as long as this thread runs
         while data := reader.recv(64):
             for signum in data:
-                request.receive(signum)
+                # A second one is the supervisor's to judge, who has passed on the first: others signal both.
+                if signum == signal.SIGINT or not request.requested:
+                    request.receive(signum)
         keep.close()
 
     threading.Thread(target=read, daemon=True).start()
@@ -109,7 +111,7 @@ def stop_with_launcher(stop: StopRequest) -> None:
     launchers = _launchers_above()
 
     def watch() -> None:
-        while all(_start_time(pid) == start for pid, start in launchers):
+        while all(start_time(pid) == start for pid, start in launchers):
             time.sleep(1)
         if stop.leaving:
             return  # Ctrl-C, for one, ends all of them at once
@@ -135,7 +137,7 @@ def _launchers_above() -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     pid = os.getppid()
     try:
-        while pid > 1 and (start := _start_time(pid)) is not None:
+        while pid > 1 and (start := start_time(pid)) is not None:
             arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
             if not is_launcher(arguments, bool(found)):
                 break
@@ -160,17 +162,12 @@ def is_launcher(arguments: list[str], below: bool) -> bool:
     )
 
 
-def is_alive(pid: int) -> bool:
-    """Whether this machine has a process of that number which has not ended."""
-    return _start_time(pid) is not None
-
-
 def _stat(pid: int) -> list[str]:
     """The fields of ``/proc/PID/stat`` from the state on; the name before them may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Tells a process from another that was given its number later; None when it is gone, or dead and not yet collected."""
     try:
         fields = _stat(pid)

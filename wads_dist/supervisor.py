@@ -12,16 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from wads_dist.config import Config
 from wads_dist.errors import ExitCode, RankLostError, WadsError
 from wads_dist.leases import Lease
 from wads_dist.pulse import UNTIMED, Listener, stalled
 from wads_dist.rendezvous import Group
-from wads_dist.signals import ASKING, StopRequest
+from wads_dist.signals import ASKING
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKER = (sys.executable, "-m", "wads_dist.worker")
@@ -30,7 +30,17 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
 # For a group to save when the launch's first rank, which it does not need for that, is gone.
 SAVE_SECONDS = 60.0
+# For the kernel to end a killed process.
+KILL_SECONDS = 30.0
+PREEMPTED = str(int(ExitCode.PREEMPTED))
 STOPPED, HUNG, TAKEN = "stopped", "hung", "taken over by another group"
+
+
+class Stop(Protocol):
+    """Says whether the worker is to be asked to stop."""
+
+    @property
+    def requested(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class Task:
     category: str
     attempt: int
     lease: str
+    config: str
+    """The launch's configuration: another launch of the run may differ in what does not change the result."""
     address: str
     port: int
     nothing_left: float = 0.0
@@ -62,6 +74,8 @@ class Worked:
     seconds: float
     startup: float
     """Of these, from the worker's start to its first step."""
+    ended: float = 0.0
+    """When this rank's worker ended, by the monotonic clock."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ class Worker:
     """A worker process and what is known of it."""
 
     def __init__(self, config: Config, group: Group, location: str, task: Task, cores: Cores) -> None:
+        self.group = group
         reader, writer = os.pipe()
         env = os.environ | {
             "RANK": str(group.rank),
@@ -108,7 +123,7 @@ class Worker:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
         }
         what = ["--run", str(config.run.dir), "--category", task.category, "--shards", location, "--pulse", str(writer)]
-        what += ["--threads", str(cores.threads), "--lease", task.lease]
+        what += ["--threads", str(cores.threads), "--lease", task.lease, "--config", task.config]
         if cores.pinned:
             what += ["--cores", ",".join(map(str, cores.pinned))]
         self.started = time.monotonic()
@@ -127,17 +142,33 @@ class Worker:
             self.process.send_signal(signal.SIGTERM)
 
     def end(self, reason: str = STOPPED) -> None:
-        """At once, unless there is something to wait for: checkpoints are complete or absent."""
+        """At once, unless there is something to wait for: checkpoints are complete or absent.
+
+        Raises:
+            RankLostError: it cannot be ended.
+        """
         if reason == HUNG and self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR2)  # writes where each of its threads stands; if frozen, it cannot
             time.sleep(1)
-        if reason == str(int(ExitCode.PREEMPTED)):
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(GRACE_SECONDS)
+        if reason == PREEMPTED:  # a peer was asked, and this one may not know yet
+            self.ask_to_stop()
+            self.wait(GRACE_SECONDS)
         if self.process.poll() is None:
             self.stopped = True
             self.process.kill()
-            self.process.wait()
+            if not self.wait(KILL_SECONDS):
+                raise RankLostError(
+                    f"the worker {self.process.pid} of rank {self.group.launch.rank} on {self.group.launch.host} cannot be "
+                    f"killed: it is stuck in a driver or a file system"
+                )
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended within ``seconds``; the category's lease is renewed meanwhile."""
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None and time.monotonic() < deadline:
+            self.group.while_waiting()
+            time.sleep(POLL_SECONDS / 4)
+        return self.process.poll() is not None
 
     @property
     def result(self) -> str:
@@ -146,11 +177,11 @@ class Worker:
             return STOPPED
         status = self.process.returncode
         # Asked before it could listen, during its imports: nothing was lost.
-        return str(int(ExitCode.PREEMPTED) if -status in ASKING else status)
+        return PREEMPTED if -status in ASKING else str(status)
 
 
 def supervise(
-    config: Config, group: Group, stop: StopRequest, location: str, task: Task, cores: Cores, lease: Lease | None
+    config: Config, group: Group, stop: Stop, location: str, task: Task, cores: Cores, lease: Lease | None
 ) -> Worked:
     """Runs this rank's worker of one task to its end; the same exit code on every rank of the group.
 
@@ -182,30 +213,32 @@ def supervise(
             if lease and reason in (HUNG, TAKEN):
                 group.raise_flag(flag, reason)
                 worker.end(reason)
-            time.sleep(POLL_SECONDS)
-        seconds = time.monotonic() - worker.started
+            time.sleep(max(POLL_SECONDS, group.launch.poll_seconds))
+        ended = time.monotonic()
         if worker.process.returncode != 0:
             group.raise_flag(flag, worker.result)
             _report_signal(group, worker, category)
     except RankLostError:
         if group.whole:  # only the launch is lost: the group can still save
             worker.ask_to_stop()
-            with suppress(subprocess.TimeoutExpired):
-                worker.process.wait(SAVE_SECONDS)
+            worker.wait(SAVE_SECONDS)
         raise
     finally:
         worker.end()
         worker.listener.close()
         group.stand(None)
     result = str(int(ExitCode.RANK_LOST)) if reason in (HUNG, TAKEN) else worker.result
-    if stop.requested and result not in ("0", str(int(ExitCode.PREEMPTED))):
+    if reason == PREEMPTED and worker.stopped:
+        result = PREEMPTED
+    if stop.requested and result not in ("0", PREEMPTED):
         # A launcher that ends all because one rank is gone must not wait for this one to miss that rank.
         raise WadsError(
             f"{category}: asked to stop, but the worker of rank {group.launch.rank} ended ({result}) before all had saved; the "
             f"same command goes on from the last checkpoint"
         )
     code = first_cause(group.everyone(f"{key}/result", result))
-    return Worked(code, seconds, seconds if worker.startup is None else worker.startup)
+    seconds = ended - worker.started
+    return Worked(code, seconds, seconds if worker.startup is None else worker.startup, ended)
 
 
 def _report_hang(config: Config, category: str, problem: str) -> None:

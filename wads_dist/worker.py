@@ -196,7 +196,9 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
         if due or finished or verdict.save or verdict.stop:
             pulse.mark("save", progress.step)
             require_lease(work.lease, ranks)
-            saved = checkpoint.save(trainer, checkpoints, data, fmean(taken) if taken else None)
+            saved = checkpoint.save(
+                trainer, checkpoints, data, fmean(taken) if taken else None, lambda: holds(work.lease)
+            )
             last_save, unsaved = time.monotonic(), saved.problem
             taken.clear()
             events.write(
@@ -222,6 +224,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
         )
     pulse.mark("evaluate", trainer.progress.step)
     state = trainer.inference_state()
+    require_lease(work.lease, ranks)
     if ranks.is_first:
         save_weights(state, folder, config, category)
     ranks.barrier()
@@ -255,13 +258,17 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     ranks.barrier()
 
 
+def holds(lease: Path | None) -> bool:
+    return lease is None or still_held(lease)
+
+
 def require_lease(lease: Path | None, ranks: Ranks) -> None:
     """Before anything is published: a process that was frozen for minutes must not overwrite what its successor has done.
 
     Raises:
         RankLostError: the category is another group's now.
     """
-    if lease and ranks.is_first and not still_held(lease):
+    if lease and ranks.is_first and not holds(lease):
         raise RankLostError(
             f"{lease.parent.name} was taken over by another group, because this one was silent for too long"
         )
@@ -272,6 +279,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's folder, which holds config.toml")
     parser.add_argument("--category", required=True)
     parser.add_argument("--shards", required=True, help="location of the shards")
+    parser.add_argument("--config", type=Path, help="the launch's configuration; none: the run's")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of this rank")
     parser.add_argument("--cores", help="cores this rank may use, separated by commas; none: any")
     parser.add_argument("--lease", type=Path, help="file that says that the category is this group's")
@@ -288,14 +296,18 @@ def main() -> int:
     stacks = folder / f"stacks-rank-{rank:05d}.txt"
     faulthandler.register(signal.SIGUSR2, stacks.open("w"))  # supervisors send it when a rank hangs
     try:
-        config = load_config(["--config", str(arguments.run / "config.toml")])
+        config = load_config(["--config", str(arguments.config or arguments.run / "config.toml")])
         train_category(config, arguments, stop, pulse)
     except PreemptedError as error:
         if rank == 0:
             say(f"{arguments.category}: {error}")
         return error.exit_code
-    except EXPLAINED as error:
-        print(f"{arguments.category}, rank {rank}: {error or 'interrupted'}", file=sys.stderr)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # for the lease's end; any rank may be the one that knows
+            Events(folder, True).write("failed", rank=rank, reason=str(error) or type(error).__name__)
+        if not isinstance(error, EXPLAINED):
+            raise
+        print(f"{arguments.category}, rank {rank}: {error}", file=sys.stderr)
         return exit_code(error)
     finally:
         stacks.unlink(missing_ok=True)

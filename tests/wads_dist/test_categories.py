@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from wads_dist.categories import Plan, work
 from wads_dist.config import Config, load_config
 from wads_dist.errors import ExitCode, RankLostError
 from wads_dist.groups import Place
-from wads_dist.leases import METRICS, attempts_of
+from wads_dist.leases import METRICS, Lease, Queue, attempts_of
 from wads_dist.rendezvous import Launch
 from wads_dist.signals import StopRequest
 from wads_dist.supervisor import Cores, Task, Worked
@@ -24,7 +26,7 @@ Supervise = Callable[[str, int], int]
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[str], StopRequest]]:
     """Runs ``work`` on one rank; a worker ends as ``ends(category, attempt)`` says, and writes its numbers if with 0."""
 
-    def run(names: list[str], ends: Supervise, *options: str) -> tuple[list[str], StopRequest]:
+    def run(names: list[str], ends: Supervise, *options: str, groups: int = 1) -> tuple[list[str], StopRequest]:
         taken: list[str] = []
 
         def supervise(config: Config, group: object, stop: object, location: str, task: Task, *_: object) -> Worked:
@@ -33,13 +35,13 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
             if code == ExitCode.OK:
                 (config.run.dir / task.category).mkdir(exist_ok=True)
                 (config.run.dir / task.category / METRICS).write_text("{}")
-            return Worked(abs(code), 2.0, 0.5)
+            return Worked(code, 2.0, 0.5, time.monotonic())
 
         monkeypatch.setattr(module, "supervise", supervise)
         config = load_config(["--data.shards", "none", "--run.dir", str(tmp_path), *options])
         stop = StopRequest(lambda code: None)
-        plan = Plan("launch", "none", names, [(0,)], [Place("a", pid=os.getpid())])
-        work(config, plan, Launch(), stop, lambda: None)
+        plan = Plan("launch", "none", names, [(0,)] * groups, [Place.here("127.0.0.1")])
+        work(config, plan, Launch(), stop, lambda: False)
         return taken, stop
 
     return run
@@ -62,7 +64,7 @@ def test_what_is_done_already_is_not_trained_again(train: Callable, tmp_path: Pa
 
 def test_a_category_that_dies_is_tried_again_and_given_up_at_last(train: Callable, tmp_path: Path) -> None:
     taken, _ = train(["a", "b"], lambda category, attempt: 137 if category == "a" else 0, "--parallel.attempts", "2")
-    assert taken == ["a", "a", "b"]
+    assert taken == ["a", "b", "a"]  # what has failed comes last
     assert [attempt.end.code for attempt in attempts_of(tmp_path, "a") if attempt.end] == [137, 137]
 
 
@@ -106,9 +108,77 @@ def test_an_error_of_a_group_ends_the_lease_and_is_raised(train: Callable, tmp_p
 
 
 def test_two_categories_at_a_time(train: Callable) -> None:
-    assert sorted(train(list("abcd"), lambda category, attempt: 0, "--parallel.categories_per_gpu", "2")[0]) == list(
-        "abcd"
-    )
+    both = threading.Barrier(2, timeout=20)
+
+    def ends(category: str, attempt: int) -> int:
+        both.wait()
+        return 0
+
+    assert sorted(train(list("abcd"), ends, "--parallel.categories_per_gpu", "2")[0]) == list("abcd")
+
+
+def test_a_group_in_which_everything_dies_leaves_the_queue_to_others(train: Callable, tmp_path: Path) -> None:
+    """Two groups, here on one rank: the first has a broken device, which must not use up every category's tries."""
+    bad: list[str] = []
+
+    def ends(category: str, attempt: int) -> int:
+        if threading.current_thread().name == "g0":
+            bad.append(category)
+            return 1
+        time.sleep(0.05)
+        return 0
+
+    taken, _ = train([f"c{i:02d}" for i in range(15)], ends, groups=2)
+    assert len(bad) == 2 == len(set(bad)) and len(taken) == 17
+    assert len(list(tmp_path.glob(f"*/{METRICS}"))) == 15
+
+
+def test_the_reason_that_a_worker_gave_is_kept(train: Callable, tmp_path: Path) -> None:
+    def ends(category: str, attempt: int) -> int:
+        (tmp_path / category).mkdir()
+        line = {"event": "failed", "time": time.time(), "rank": 1, "reason": "train-000000.tar is cut"}
+        (tmp_path / category / "events.jsonl").write_text(json.dumps(line) + "\n")
+        return ExitCode.BAD_DATA
+
+    train(["a"], ends)
+    (attempt,) = attempts_of(tmp_path, "a")
+    assert attempt.end and attempt.end.reason == "train-000000.tar is cut"
+
+
+def test_time_without_work_is_idle_unless_nothing_is_left(
+    train: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Queue.take
+
+    def slow(queue: Queue) -> Lease | None:
+        time.sleep(0.5)
+        return take(queue)
+
+    monkeypatch.setattr(Queue, "take", slow)
+    train(["a"], lambda category, attempt: 0)
+    lines = [json.loads(line) for line in (tmp_path / "log/launch/rank-00000.jsonl").read_text().splitlines()]
+    (worked,) = (line for line in lines if line["event"] == "worked")
+    assert worked["waited"] >= 0.5 and worked["nothing_left"] == 0
+
+
+def test_a_full_disk_or_a_closed_terminal_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "supervise", lambda *_: time.sleep(0.5) or Worked(3, 0.5, 0.1, time.monotonic()))
+    config = load_config(["--data.shards", "none", "--run.dir", str(tmp_path)])
+    errors = iter([OSError(28, "No space left on device"), SystemExit(1)])
+    asked = []
+
+    def on_tick() -> bool:
+        asked.append(1)
+        if error := next(errors, None):
+            raise error
+        return False
+
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.1)
+    plan = Plan("launch", "none", ["a"], [(0,)], [Place.here("127.0.0.1")])
+    work(config, plan, Launch(), StopRequest(lambda code: None), on_tick)
+    assert len(asked) >= 2 and attempts_of(tmp_path, "a")[0].end
 
 
 @pytest.mark.parametrize(("slot", "expected"), [(0, (4, 5)), (1, (6, 7))])

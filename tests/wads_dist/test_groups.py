@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from wads_dist.config import ConfigError, ParallelConfig
@@ -55,3 +57,10 @@ def test_a_launchers_number_tells_nodes_of_one_name_apart(monkeypatch: pytest.Mo
     monkeypatch.setenv("CROSS_RANK", "1")
     assert Place.here("10.0.0.2").node != first.node
     assert Place.from_json(first.to_json()) == first
+
+
+def test_a_process_is_known_by_its_start_and_its_machine() -> None:
+    mine = Place.here("10.0.0.1")
+    assert mine.is_alive()
+    assert not replace(mine, started="1").is_alive()  # its number was given to another
+    assert replace(mine, started="1", machine="another boot").is_alive()  # nothing can be said

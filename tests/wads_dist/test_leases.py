@@ -75,7 +75,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Queue], Lease]:
     def take(of: Queue) -> Lease:
         with monkeypatch.context() as patched:
             patched.setattr(leases, "this_machine", lambda: ELSEWHERE)
-            patched.setattr(leases, "_start_time", lambda pid: "1")
+            patched.setattr(leases, "start_time", lambda pid: "1")
             return taken(of)
 
     return take

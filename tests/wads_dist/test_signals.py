@@ -35,6 +35,22 @@ def test_inside_the_first_is_noted_and_the_second_ends(ended: list[ExitCode], mo
         assert ended == [ExitCode.PREEMPTED]
 
 
+def test_the_first_signal_of_a_rank_that_others_have_asked_to_stop_is_no_second_one(
+    ended: list[ExitCode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    request = StopRequest(ended.append)
+    with request.deferred():
+        request.request()
+        now[0] += 60
+        request.receive(signal.SIGTERM)
+        assert request.requested and ended == []
+        now[0] += 60
+        request.receive(signal.SIGTERM)
+    assert ended == [ExitCode.PREEMPTED]
+
+
 def test_an_interrupt_always_ends_at_once(ended: list[ExitCode]) -> None:
     request = StopRequest(ended.append)
     with request.deferred():
@@ -64,10 +80,10 @@ def test_launchers_are_known_by_their_command(command: str, below: bool, expecte
 
 def test_a_dead_process_that_nobody_has_collected_is_gone() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert signals._start_time(process.pid) is not None
+    assert signals.start_time(process.pid) is not None
     process.kill()
     deadline = time.monotonic() + 20
-    while signals._start_time(process.pid) is not None:
+    while signals.start_time(process.pid) is not None:
         assert time.monotonic() < deadline
     process.communicate()
-    assert signals._start_time(process.pid) is None
+    assert signals.start_time(process.pid) is None
