@@ -1,0 +1,49 @@
+"""Export a trained category to ONNX and torch.export: ``python launch/export.py RUN/CATEGORY [--out DIR]``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wads_dist.entry import main
+from wads_dist.export import DIFFERS, FILES, MAX_IMAGES, TOLERANCE, export_command
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=f"Writes {', '.join(FILES.values())} and model.json (preprocessing, thresholds, versions, parity). "
+        "Each takes images float32 [N, 3, H, H] in [0, 1] and gives reconstruction, probability map and image score.",
+        epilog=f"Exit code 0: exported; 1: the files cannot be written; 2: bad arguments, no usable model, or packages that "
+        f"are missing; 3: no image in --images can be read; {DIFFERS}: an export differs from the checkpoint by more than "
+        f"--tolerance, and nothing is written; 130: interrupted.",
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="RUN/CATEGORY", help="folder of a category that has finished training")
+    add("--out", type=Path, metavar="DIR", help="default: RUN/CATEGORY/export")
+    add(
+        "--format", choices=(*FILES, "both"), default="both", help="default: both; onnx needs `pip install '.[export]'`"
+    )
+    add("--images", type=Path, metavar="DIR", help="images on which the exports are compared with the checkpoint, at most "
+        f"{MAX_IMAGES} (default: random ones)")  # fmt: skip
+    add(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        metavar="X",
+        help="largest difference allowed (default: %(default)g)",
+    )
+    add("--json", action="store_true", help="print the content of model.json")
+    given = parser.parse_args(argv)
+    if not given.tolerance >= 0:
+        parser.error(f"argument --tolerance: {given.tolerance} must be at least 0")
+    return given
+
+
+if __name__ == "__main__":
+    given = parse()
+    formats = list(FILES) if given.format == "both" else [given.format]
+    sys.exit(
+        main(lambda _: export_command(given.model, given.out, formats, given.images, given.tolerance, given.json), [])
+    )

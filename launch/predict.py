@@ -1,0 +1,77 @@
+"""Score images with a trained or exported model: ``python launch/predict.py --model RUN/CATEGORY INPUT... --out DIR``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from wads_dist.entry import main
+from wads_dist.predict import OVERLAP, load
+from wads_dist.predict_files import predict_command
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Scores images and shows where they are anomalous.\n\n"
+        "For every image, at its own resolution, below DIR and named after the image's path:\n"
+        "  NAME.scores.png   anomaly probability, 16-bit grey\n"
+        "  NAME.heat.png     the same in colours\n"
+        "  NAME.overlay.png  heat map over the image, outline of the mask\n"
+        "  NAME.mask.png     anomalous pixels white (if there is a threshold)\n"
+        "and for all of them DIR/results.csv and DIR/results.jsonl: path, width, height, score, decision, thresholds\n"
+        "and where they came from, anomalous fraction of the area, the box x y width height around it, and the problem\n"
+        "of a file that was skipped. Like training, this looks at the stored pixel grid; an EXIF orientation is handed\n"
+        "on to the pictures.",
+        epilog="Exit code 0: all images are scored; 1: results cannot be written, or the model's numbers are not finite;\n"
+        "2: bad arguments, or no usable model; 3: some files were skipped, each named with its problem (the others are\n"
+        "scored); 130: interrupted (also by SIGTERM), what was finished is there and listed.",
+    )
+    add = parser.add_argument
+    add("input", nargs="+", metavar="INPUT", help="image, folder (searched recursively) or pattern")
+    add("--model", required=True, type=Path, metavar="MODEL", help="RUN/CATEGORY, or an exported model.onnx")
+    add("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    add("--threshold", type=float, metavar="X", help="score from which an image is anomalous, and probability from which a "
+        "pixel is (default: those saved with the model)")  # fmt: skip
+    add("--pixel-threshold", type=float, metavar="X", help="the same, of pixels alone")
+    add("--tile", action="store_true", help="score images larger than a tile in overlapping tiles, for models whose training "
+        "images showed as much as one tile does; without this, images are resized as in training")  # fmt: skip
+    add("--tile-size", type=int, metavar="SIDE", help="side of a tile in pixels of the image (default: data.image_size of "
+        "the training); implies --tile")  # fmt: skip
+    add("--overlap", type=float, default=OVERLAP, metavar="F", help="fraction of a tile shared with its neighbours, 0 to 0.9 "
+        "(default: %(default)s)")  # fmt: skip
+    add("--batch-size", default="auto", metavar="auto|N", help="images at a time (default: auto); halved while they do not "
+        "fit into memory")  # fmt: skip
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu", gpu.type] if gpu else ["cpu"]
+    add("--device", choices=devices, default=devices[-1], help="default: %(default)s")
+    add("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args(argv)
+    for name in ("threshold", "pixel_threshold"):
+        if (value := getattr(given, name)) is not None and not 0 <= value <= 1:
+            parser.error(f"argument --{name.replace('_', '-')}: {value} must be from 0 to 1")
+    if not 0 <= given.overlap <= 0.9:
+        parser.error(f"argument --overlap: {given.overlap} must be from 0 to 0.9")
+    if given.batch_size != "auto" and not (given.batch_size.isdecimal() and int(given.batch_size)):
+        parser.error(f"argument --batch-size: {given.batch_size!r} must be auto or at least 1")
+    if given.tile_size is not None and given.tile_size < 8:
+        parser.error(f"argument --tile-size: {given.tile_size} must be at least 8")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"argument --out: {given.out} is a file")
+    return given
+
+
+def predict(given: argparse.Namespace) -> int:
+    batch_size = None if given.batch_size == "auto" else int(given.batch_size)
+    detector = load(given.model, given.threshold, given.pixel_threshold, batch_size, given.device)
+    tile = given.tile_size or (detector.description.image_size if given.tile else None)
+    return predict_command(detector, given.input, given.out, tile, given.overlap, given.json)
+
+
+if __name__ == "__main__":
+    given = parse()
+    sys.exit(main(lambda _: predict(given), []))

@@ -1,0 +1,469 @@
+import csv
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from rich.console import Console
+from safetensors.torch import save_file
+
+from shards.errors import DataError
+from shards.source import Dataset
+from tests.conftest import REPOSITORY, environment
+from wads_dist.config import Config, load_config
+from wads_dist.data import TestImages
+from wads_dist.errors import ExitCode, WadsError
+from wads_dist.evaluate import save_weights
+from wads_dist.metrics import image_score
+from wads_dist.models import Wads
+from wads_dist.predict import Description, Detector, ModelFileError, Thresholds, load
+from wads_dist.predict_files import find_images, predict_files
+from wads_dist.scoring import predict as evaluation_predict
+from wads_dist.thresholds import Threshold
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    """Stored at twice the training size, as real runs are: both steps of the resizing count."""
+    return load_config(
+        "--data.shards x --data.image_size 64 --data.store_size 128 --model.backbone resnet18 --model.width 8 "
+        "--model.fpn_width 32 --model.latent 16".split()
+    )
+
+
+@pytest.fixture(scope="module")
+def model(config: Config) -> Wads:
+    """Random weights, steep enough that scores differ from image to image."""
+    torch.manual_seed(0)
+    model = Wads(config.model, SIZE).eval()
+    with torch.no_grad():
+        last = model.segmenter.head[-1]
+        last.weight.mul_(20)
+        last.bias.zero_()
+    return model
+
+
+def saved(model: Wads, folder: Path, config: Config, threshold: Threshold | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights({k: v.contiguous() for k, v in model.state_dict().items()}, folder, config, "nut", threshold)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model: Wads, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(model, tmp_path_factory.mktemp("run") / "nut", config)
+
+
+def brightness(batch_size: int = 4) -> Detector:
+    """A detector whose map is the image's brightness: what it must say of an image is plain to see."""
+
+    def network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probability = images.mean(1)
+        return probability, image_score(probability, 5)
+
+    return Detector(network, Description("nut", SIZE, SIZE, 5), Thresholds(0.5, 0.5, "given"), batch_size)
+
+
+def photograph(width: int = 90, height: int = 70, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A well-formed header of any size, for the price of a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def rows_of(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=300)
+
+
+# --- scores ------------------------------------------------------------------------------------------------------
+
+
+def test_scores_and_maps_are_those_of_the_evaluation(
+    model: Wads, config: Config, run: Path, demo_shards: Path, tmp_path: Path
+) -> None:
+    dataset, category = Dataset.open(demo_shards), "demo_biscuit"
+    test = TestImages.load(dataset, category, config.data, slice(None))
+    maps = evaluation_predict(model, test.images, 4, torch.device("cpu")).probability
+    expected = image_score(maps, config.evaluation.score_window)
+    assert expected.max() - expected.min() > 1e-3  # else the comparison would show nothing
+    detector = load(run, device="cpu")
+    for i, (shard, sample) in enumerate(dataset.manifest(category).samples("test")):
+        path = tmp_path / f"{i}.png"
+        path.write_bytes(dataset.read(category, shard, sample.image))
+        result = detector.predict(path)
+        assert result.score == pytest.approx(expected[i].item(), abs=1e-6)
+        assert result.image.size == (SIZE, SIZE) and np.abs(result.probability - maps[i].numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
+def test_images_of_every_mode_are_scored(mode: str, tmp_path: Path) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(photograph().convert("L")).astype(np.uint16) * 257)
+    else:
+        image = photograph().convert("L").convert(mode) if mode == "LA" else photograph().convert(mode)
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr") else "image.png")
+    image.save(path)
+    result = brightness().predict(path)
+    expected = np.asarray(result.image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)).mean() / 255
+    assert result.probability.shape == (70, 90) and result.image.mode == "RGB"
+    assert result.probability.mean() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (SIZE, SIZE), (333, 17), (SIZE - 1, SIZE + 1)])
+@pytest.mark.parametrize("tile", [None, SIZE])
+def test_images_of_every_shape_keep_their_resolution(size: tuple[int, int], tile: int | None) -> None:
+    result = brightness().predict(photograph(*size), tile)
+    assert result.probability.shape == size[::-1] and result.mask is not None and result.mask.shape == size[::-1]
+    assert {picture.size for picture in result.pictures().values()} == {size}
+
+
+def test_an_image_of_the_training_size_scores_the_same_in_tiles_as_whole(run: Path) -> None:
+    detector, image = load(run, device="cpu"), photograph(SIZE, SIZE)
+    whole, tiled = detector.predict(image), detector.predict_tiles(image, SIZE, 0.25)
+    assert whole.score == tiled.score and np.abs(whole.probability - tiled.probability).max() < 1e-6
+
+
+def test_tiles_find_what_resizing_loses() -> None:
+    """A bright spot of 12 pixels in a dark image of 640: one pixel once the image is resized to 64."""
+    image = Image.new("RGB", (640, 640))
+    image.paste((255, 255, 255), (300, 400, 312, 412))
+    whole, tiled = brightness().predict(image), brightness().predict(image, SIZE)
+    assert whole.score < 0.1 and whole.decision == "normal"
+    assert tiled.score > 0.9 and tiled.decision == "anomalous" and tiled.box == [300, 400, 12, 12]
+    assert tiled.area == pytest.approx(144 / 640**2)
+
+
+def test_an_exif_orientation_is_ignored_as_in_training_and_handed_on(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photograph(90, 70).save(tmp_path / "turned.jpg", exif=exif)
+    predict_files(brightness(), find_images([str(tmp_path)]), tmp_path / "out", None, 0.25, quiet())
+    for kind in ("scores", "heat", "overlay", "mask"):
+        with Image.open(tmp_path / "out" / f"turned.jpg.{kind}.png") as picture:
+            assert picture.size == (90, 70) and picture.getexif()[ExifTags.Base.Orientation] == 6
+
+
+def test_batches_that_do_not_fit_are_halved_until_they_do() -> None:
+    detector, sizes = brightness(batch_size=16), []
+    network = detector.network
+
+    def small(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(images))
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(images)
+
+    stored = torch.randint(0, 256, (7, 3, SIZE, SIZE), dtype=torch.uint8)
+    expected = detector.score(stored)
+    detector.network = small
+    got = detector.score(stored)
+    assert sizes == [7, 7, 4, 2, 2, 2, 1] and detector.batch_size == 2
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_other_errors_of_the_network_are_not_taken_for_a_lack_of_memory() -> None:
+    def broken(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        replace(brightness(), network=broken).predict(photograph())
+
+
+def test_scores_that_are_not_finite_are_no_verdict() -> None:
+    """NaN is below every threshold: it would pass for normal."""
+
+    def damaged(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.mean(1), torch.full((len(images),), torch.nan)
+
+    with pytest.raises(WadsError, match="not finite"):
+        replace(brightness(), network=damaged).predict(photograph())
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_are_the_models_own_unless_others_are_given(model: Wads, config: Config, tmp_path: Path) -> None:
+    threshold = Threshold(0.25, 0.5, "normal images held out of training", 9, 0.01, 0.05, {})
+    folder = saved(model, tmp_path, config, threshold)
+    own = load(folder).thresholds
+    assert (own.image, own.pixel) == (0.5, 0.25) and "normal images held out of training" in own.source
+    given = load(folder, threshold=0.7).thresholds
+    assert (given.image, given.pixel, given.source) == (0.7, 0.7, "given")
+    assert load(folder, threshold=0.7, pixel_threshold=0.1).thresholds.pixel == 0.1
+
+
+def test_a_model_without_a_threshold_scores_and_does_not_decide(run: Path, tmp_path: Path) -> None:
+    photograph().save(tmp_path / "a.png")
+    prediction = predict_files(load(run), find_images([str(tmp_path)]), tmp_path / "out", None, 0.25, quiet())
+    (row,) = rows_of(tmp_path / "out")
+    assert row["score"] is not None and row["decision"] is None and row["anomalous_area"] is None
+    assert "no threshold" in str(row["threshold_source"]) and not prediction.decisions and prediction.exit_code == 0
+    assert not (tmp_path / "out/a.png.mask.png").exists() and (tmp_path / "out/a.png.heat.png").exists()
+
+
+def test_settings_that_this_version_does_not_know_do_no_harm_where_they_do_not_matter(
+    model: Wads, config: Config, tmp_path: Path
+) -> None:
+    toml = config.to_toml().replace("[trainer]", "[trainer]\nfrom_another_version = 1")
+    assert toml != config.to_toml()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors", {"category": "nut", "config": toml})
+    assert load(tmp_path).description.category == "nut"
+
+
+@pytest.mark.parametrize("name", ["absent", "weights.safetensors", "other.safetensors", "model.onnx", "absent.onnx"])
+def test_what_is_no_model_is_named(name: str, tmp_path: Path) -> None:
+    if name.startswith("other"):
+        save_file({"a": torch.zeros(1)}, tmp_path / name)
+    elif not name.startswith("absent"):
+        (tmp_path / name).write_text("nothing")
+    if name.endswith(".onnx"):
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `export`)")
+    with pytest.raises(ModelFileError, match=name) as caught:
+        load(tmp_path / name)
+    assert caught.value.exit_code == ExitCode.BAD_CONFIG
+
+
+def test_a_result_is_plotted(tmp_path: Path) -> None:
+    brightness().predict(photograph()).plot(tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width == 1200 and len(set(picture.convert("L").tobytes())) > 50
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def names(inputs: list[Path | str], out: Path | None = None) -> list[str]:
+    return [item.name for item in find_images([str(i) for i in inputs], out)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name in ("a/x.png", "b/x.png", "b/x.jpg", "b/deep/x.TIFF", "b/notes.txt", "b/.hidden.png"):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "tree"
+
+
+def test_files_are_found_in_folders_by_pattern_and_by_name_and_namesakes_keep_apart(tree: Path) -> None:
+    everything = ["a/x.png", "b/x.jpg", "b/x.png", "b/deep/x.TIFF"]
+    assert names([tree]) == everything
+    assert names([tree / "b", tree / "a"]) == [*everything[1:], everything[0]]
+    assert names([tree / "*/x.png"]) == ["a/x.png", "b/x.png"]
+    assert names([tree / "**/x.*"]) == sorted(everything)
+    assert names([tree / "b/notes.txt", tree / "b/x.png"]) == ["notes.txt", "x.png"]  # as told
+
+
+def test_a_file_named_twice_counts_once(tree: Path) -> None:
+    assert names([tree / "a", tree / "a/x.png", tree / "b/../a"]) == ["x.png"]
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_name(tree: Path) -> None:
+    (tree / "a/[1].png").touch()
+    assert names([tree / "a/[1].png"]) == ["[1].png"]
+
+
+def test_results_of_an_earlier_run_are_not_scored(tree: Path) -> None:
+    assert names([tree], tree / "b") == ["a/x.png"]
+    (item,) = find_images([str(tree / "b")], tree / "b")
+    assert item.problem is not None and "no image" in item.problem
+
+
+def test_links_are_followed_and_a_circle_of_them_ends(tree: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "y.png").touch()
+    (tree / "a/link").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(tree / "a")
+    assert names([tree / "a"]) == ["x.png", "link/y.png"]
+
+
+def test_an_input_that_names_nothing_is_a_problem(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    items = find_images([str(tree / "a"), str(tmp_path / "empty"), str(tree / "z.png"), str(tree / "*.bmp")])
+    problems = {Path(item.path).name: item.problem for item in items if item.problem}
+    assert list(problems) == ["empty", "z.png", "*.bmp"]
+    prediction = predict_files(brightness(), items[1:], tmp_path / "out", None, 0.25, quiet())
+    assert prediction.exit_code == ExitCode.BAD_DATA and len(prediction.skipped) == 3
+
+
+def test_a_file_name_that_is_not_utf8_is_listed_as_it_is(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.png")
+    (tmp_path / "in").mkdir()
+    photograph().save(path)
+    Path(path).with_suffix(".jpg").touch()
+    prediction = predict_files(brightness(), find_images([str(tmp_path / "in")]), tmp_path / "out", None, 0.25, quiet())
+    assert prediction.images == 1 and len(prediction.skipped) == 1
+    assert b"caf\xe9.png" in (tmp_path / "out/results.csv").read_bytes()
+    assert [row["path"] for row in rows_of(tmp_path / "out")][1] == path
+
+
+def test_both_tables_say_the_same_and_pictures_are_what_they_say(tmp_path: Path) -> None:
+    image = Image.new("RGB", (100, 80))
+    image.paste((255, 255, 255), (20, 30, 60, 70))
+    image.save(tmp_path / "a.png")
+    predict_files(brightness(), find_images([str(tmp_path / "a.png")]), tmp_path / "out", None, 0.25, quiet())
+    (row,) = rows_of(tmp_path / "out")
+    with (tmp_path / "out/results.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert (row["width"], row["height"], row["decision"], row["threshold"]) == (100, 80, "anomalous", 0.5)
+    assert row["score"] == pytest.approx(1.0, abs=0.01) and row["threshold_source"] == "given"
+    assert row["anomalous_area"] == pytest.approx(1600 / 8000, abs=0.01) and row["problem"] is None
+    assert line["box"] == " ".join(map(str, row["box"])) and float(line["score"]) == row["score"]
+    assert {k: v for k, v in line.items() if k not in ("box",)} == {
+        k: "" if v is None else str(v) for k, v in row.items() if k != "box"
+    }
+    pictures = {kind: Image.open(tmp_path / f"out/a.png.{kind}.png") for kind in ("scores", "heat", "overlay", "mask")}
+    scores, mask = np.asarray(pictures["scores"]), np.asarray(pictures["mask"])
+    assert scores.dtype == np.uint16 and scores[50, 40] > 65000 and scores[10, 80] < 500
+    assert set(np.unique(mask)) == {0, 255} and (mask > 0).mean() == row["anomalous_area"]
+    overlay = np.asarray(pictures["overlay"])
+    assert (overlay[10, 80] < 5).all() and (overlay == (0, 255, 255)).all(-1).any()  # untouched where normal; outlined
+
+
+def test_only_images_larger_than_a_tile_are_scored_in_tiles(tmp_path: Path) -> None:
+    large = Image.new("RGB", (640, 640))
+    large.paste((255, 255, 255), (300, 400, 312, 412))
+    for name, image in {"a": photograph(SIZE, 50), "b": large, "c": photograph(30, SIZE, 1)}.items():
+        image.save(tmp_path / f"{name}.png")
+    for out, tile in (("whole", None), ("tiled", SIZE)):
+        items = find_images([str(tmp_path / f"{name}.png") for name in "abc"])
+        predict_files(brightness(), items, tmp_path / out, tile, 0.25, quiet())
+    whole, tiled = rows_of(tmp_path / "whole"), rows_of(tmp_path / "tiled")
+    assert [a == b for a, b in zip(whole, tiled, strict=True)] == [True, False, True]
+    assert tiled[1]["box"] == [300, 400, 12, 12] and tiled[1]["decision"] == "anomalous"
+
+
+def test_a_run_that_is_broken_off_lists_exactly_what_is_finished(tmp_path: Path) -> None:
+    for i in range(10):
+        photograph(seed=i).save(tmp_path / f"{i}.png")
+    detector, calls = brightness(batch_size=2), 0
+    network = detector.network
+
+    def interrupted(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return network(images)
+
+    detector.network, out = interrupted, tmp_path / "out"
+    prediction = predict_files(detector, find_images([str(tmp_path)], out), out, None, 0.25, quiet())
+    assert prediction.interrupted and prediction.exit_code == ExitCode.INTERRUPTED
+    written = {path.name.removesuffix(".overlay.png") for path in out.glob("*.overlay.png")}
+    assert {str(row["pictures"]) for row in rows_of(out)} == written and {"0.png", "1.png"} <= written < {
+        f"{i}.png" for i in range(10)
+    }
+    assert not list(out.rglob(".*"))
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photograph().save(tmp_path / "a.png")
+    save = Image.Image.save
+
+    def full(self: Image.Image, path: Path, **options: object) -> None:
+        save(self, path, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        predict_files(brightness(), find_images([str(tmp_path / "a.png")]), tmp_path / "out", None, 0.25, quiet())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.csv", "results.jsonl"]
+    assert rows_of(tmp_path / "out") == []
+
+
+def test_large_images_do_not_wait_for_a_full_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        photograph(seed=i).save(tmp_path / f"{i}.png")
+    detector, sizes = brightness(batch_size=4), []
+    network = detector.network
+
+    def counted(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(images))
+        return network(images)
+
+    detector.network = counted
+    monkeypatch.setattr("wads_dist.predict_files.MAX_PIXELS", 2 * 90 * 70)
+    predict_files(detector, find_images([str(tmp_path)]), tmp_path / "out", None, 0.25, quiet())
+    assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("at", range(0, 100, 9))
+def test_damage_anywhere_in_a_file_is_a_problem_of_that_file(at: int, tmp_path: Path) -> None:
+    """Pillow's readers raise many kinds of exception; none but DataError may come out."""
+    for suffix in ("png", "jpg", "tif", "bmp"):
+        photograph().save(tmp_path / f"a.{suffix}")
+        data = bytearray((tmp_path / f"a.{suffix}").read_bytes())
+        at_byte = len(data) * at // 100
+        data[at_byte : at_byte + 20] = bytes(np.random.default_rng(at).integers(0, 256, 20, dtype=np.uint8))
+        (tmp_path / f"a.{suffix}").write_bytes(data)
+        try:
+            brightness().predict(tmp_path / f"a.{suffix}")
+        except DataError as error:
+            assert str(tmp_path / f"a.{suffix}") in str(error)
+
+
+@pytest.mark.slow
+def test_the_command_scores_a_folder_of_mixed_files_and_names_its_five_bad_ones(run: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for i, mode in enumerate(["RGB", "L", "RGBA", "P", "1"] * 2):
+        folder = images / ("left" if i % 2 else "right")
+        folder.mkdir(parents=True, exist_ok=True)
+        photograph(90 + i, 70, i).convert(mode).save(folder / f"{i // 2}.png")
+    photograph().save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (images / "left/truncated.jpg").write_bytes(data[: len(data) // 2])
+    (images / "empty.png").touch()
+    (images / "text.png").write_text("no image")
+    (images / "folder.png").mkdir()
+    (images / "bomb.png").write_bytes(png_of_size(60_000, 60_000))
+    out = tmp_path / "out"
+    command = [sys.executable, REPOSITORY / "launch/predict.py", "--model", run, images, "--out", out, "--json"]
+    ended = subprocess.run(
+        [*map(str, command), "--threshold", "0.5"], capture_output=True, text=True, env=environment()
+    )
+    assert ended.returncode == 3, ended.stderr
+    summary = json.loads(ended.stdout)
+    problems = {Path(path).name: problem for path, problem in summary["skipped"].items()}
+    words = {
+        "truncated.jpg": "truncated",
+        "empty.png": "empty",
+        "text.png": "no image format",
+        "folder.png": "folder",
+        "bomb.png": "3600000000 pixels",
+    }
+    assert problems.keys() == words.keys() and all(word in problems[name] for name, word in words.items())
+    assert all(f"skipped {path}: " in ended.stderr for path in summary["skipped"])
+    assert summary["images"] == 10 and sum(summary["decisions"].values()) == 10 and summary["exit_code"] == 3
+    assert len(rows_of(out)) == 15 and len(list(out.rglob("*.png"))) == 40 and not list(out.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_predicting_does_not_import_deepspeed() -> None:
+    """Its log lines go to standard output, where --json prints."""
+    code = "import sys, wads_dist.predict_files, wads_dist.export; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment()).returncode == 0
