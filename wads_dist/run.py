@@ -32,6 +32,7 @@ from wads_dist.groups import Place, form_groups
 from wads_dist.leases import METRICS
 from wads_dist.record import Outcome, check_fingerprint, check_run, open_run, record_summary
 from wads_dist.rendezvous import Launch, address_towards
+from wads_dist.report import write_report
 from wads_dist.signals import StopRequest, stop_with_launcher, supervisor_signals
 from wads_dist.status import Live
 from wads_dist.tables import reconstruction_table, results_table
@@ -274,10 +275,18 @@ def conclude(config: Config, outcome: Outcome, categories: list[str], console: C
     if summary["categories"]:
         console.print(results_table(summary))
         console.print(reconstruction_table(summary))
-        text = f"Run: {config.run.dir}  (summary.json; per category metrics.json, samples.png)"
+        text = f"Run: {config.run.dir}  ({report_of(config.run.dir)}, summary.json; per category metrics.json, samples.png)"
         console.print(text, highlight=False, soft_wrap=True)
     for name, code in outcome.failed.items():
         console.print(f"[red]{name} failed (exit code {code})[/red]; the same command tries it again", highlight=False)
+
+
+def report_of(run: Path) -> str:
+    """Writes the report; its name, or why there is none. A run does not fail for want of it."""
+    try:
+        return write_report(run).name
+    except Exception as error:
+        return f"no report ({error}; launch/report.py tries again)"
 
 
 def evaluate_run(config: Config) -> int:

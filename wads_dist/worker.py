@@ -33,7 +33,7 @@ from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
 from wads_dist.evaluate import evaluate, load_model, save_threshold, save_weights
-from wads_dist.figures import save_samples
+from wads_dist.figures import save_examples, save_samples
 from wads_dist.guards import Requests, slowness
 from wads_dist.leases import METRICS, still_held
 from wads_dist.pulse import Pulse
@@ -244,6 +244,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "fingerprint": data.fingerprint,
         }
         save_samples(folder / "samples.png", category, evaluation)
+        save_examples(folder, category, evaluation, config.evaluation.score_window)
         save_threshold(folder, evaluation.threshold)
         checkpoint.write_text(folder / CURVES, json.dumps(evaluation.curves))
         require_lease(work.lease, ranks)
