@@ -370,7 +370,7 @@ class EvaluationConfig(_Section):
         "allow; synthetic: the best F1 on anomalies synthesised on them",
     )
     pixel_false_positive_rate: float = Field(
-        0.005, gt=0, lt=1, description="fraction of the pixels of normal images that may be marked"
+        0.001, gt=0, lt=1, description="fraction of the pixels of normal images that may be marked"
     )
     image_false_positive_rate: float = Field(
         0.05,
