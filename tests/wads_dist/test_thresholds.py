@@ -12,7 +12,9 @@ from shards.source import Dataset
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, TrainingSplit, mean_image, whole_entries
 from wads_dist.distributed import Ranks
+from wads_dist.errors import ResumeError
 from wads_dist.models import Wads
+from wads_dist.record import open_run
 from wads_dist.scoring import predict
 from wads_dist.thresholds import (
     Decisions,
@@ -104,6 +106,13 @@ def test_the_mean_image_is_of_those_trained_on(shards: Path) -> None:
         dataset, "demo_biscuit", TrainingSplit.of(dataset, "demo_biscuit", settings).trained, settings.data
     )
     assert torch.allclose(mean_image(dataset, "demo_biscuit", settings), trained.mean(0), atol=1e-5)
+
+
+def test_a_run_cannot_go_on_with_other_images_held_out(tmp_path: Path) -> None:
+    run = ["--run.dir", str(tmp_path)]
+    open_run(config(*run), {})
+    with pytest.raises(ResumeError, match=r"evaluation\.holdout: 0\.1 → 0\.2"):
+        open_run(config(*run, "--evaluation.holdout", "0.2"), {})
 
 
 # --- rates ---
