@@ -28,7 +28,7 @@ from shards.source import Dataset
 from shards.verify import open_category
 from wads_dist import checkpoint, validation
 from wads_dist.config import Config, load_config
-from wads_dist.data import TrainingData, rank_samples
+from wads_dist.data import TrainingData, TrainingSplit, rank_samples
 from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
@@ -73,7 +73,7 @@ class SkippedSamples:
 
     def __init__(self, folder: Path, config: Config, dataset: Dataset, category: str) -> None:
         self.path, self.config = folder / REJECTED, config
-        self.entries = dataset.manifest(category).samples("train")
+        self.entries = TrainingSplit.of(dataset, category, config).trained
 
     def write(self, trainer: Trainer, losses: Losses) -> dict[str, Any]:
         """Appends a line for the step; returns what ``events.jsonl`` says of it."""
