@@ -1,7 +1,6 @@
 """A launch's way through the categories: every group takes one from the queue, trains it, and takes the next."""
 
 import json
-import os
 import sys
 import threading
 import time
@@ -15,8 +14,10 @@ from wads_dist.config import Config
 from wads_dist.errors import ExitCode, WadsError, exit_code
 from wads_dist.groups import Place
 from wads_dist.leases import METRICS, REPEATS, Lease, Owner, Queue
+from wads_dist.record import CONFIG
 from wads_dist.rendezvous import LOST_SECONDS, STOP, Group, Launch, free_port
 from wads_dist.signals import StopRequest
+from wads_dist.status import EVENTS, Tail
 from wads_dist.supervisor import Cores, Task, supervise
 
 LOG = "log"
@@ -29,8 +30,6 @@ NODE_END_SECONDS = 60.0
 FILE_SYSTEM_SECONDS = 600.0
 # So many different categories that died in a group, one after the other, are the fault of its device or node.
 DIED_ENOUGH = 2
-TAIL_BYTES = 1 << 16
-EVENTS, CONFIG = "events.jsonl", "config.toml"
 
 
 @dataclass(frozen=True)
@@ -152,10 +151,11 @@ class Station(threading.Thread):
         lease.end(code, failure(self.config.run.dir / task.category, started) if code else "")
         if code in (ExitCode.OK, ExitCode.PREEMPTED, *REPEATS):
             self.died_here.clear()
-        elif self.queue:
-            self.died_here.append(task.category)
-            # Another group may do better with it: here it comes last.
-            self.queue.categories.sort(key=lambda name: name == task.category)
+            return
+        assert self.queue is not None  # whoever holds a lease has one
+        self.died_here.append(task.category)
+        # Another group may do better with it: here it comes last.
+        self.queue.categories.sort(key=lambda name: name == task.category)
 
     def _take(self) -> tuple[Lease | None, float]:
         """The next category's lease (None: there will be none), and for how many seconds none could be had."""
@@ -200,14 +200,9 @@ class Station(threading.Thread):
 
 def failure(category: Path, since: float) -> str:
     """What a worker has written of why it could not go on, since then; empty if it could not even do that."""
-    try:
-        with (category / EVENTS).open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = stream.read().splitlines()
-        events = [json.loads(line) for line in lines if b'"event": "failed"' in line]
-    except (OSError, ValueError):
-        return ""
-    return next((str(e["reason"]) for e in reversed(events) if e["time"] >= since - 1), "")
+    tail = Tail(category / EVENTS)
+    tail.read()
+    return str(tail.last_failure["reason"]) if tail.last_failure.get("time", 0.0) >= since - 1 else ""
 
 
 def work(config: Config, plan: Plan, launch: Launch, stop: StopRequest, on_tick: Callable[[], bool]) -> None:
@@ -258,6 +253,7 @@ class Ticks:
         self.neighbours = {rank: plan.places[rank] for rank in plan.neighbours(launch.rank)}
         self.gone_since: dict[int, float] = {}
         self.nothing_left_since: float | None = None
+        self.said = False
         self._next = 0.0
 
     def tick(self) -> None:
@@ -274,8 +270,12 @@ class Ticks:
                     self.nothing_left_since = None
                 elif self.nothing_left_since is None:
                     self.nothing_left_since = now
-            except (OSError, SystemExit):
-                pass  # a full disk, or a terminal that nobody reads any more, must not end the training
+            except (OSError, SystemExit) as error:
+                # A full disk, or a terminal that nobody reads any more, must not end the training.
+                if not self.said:
+                    self.said = True
+                    with suppress(OSError):
+                        print(f"rank {self.launch.rank}: {error}; training goes on", file=sys.stderr)
         time.sleep(self.launch.poll_seconds)
 
     @property

@@ -446,6 +446,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "objective.reconstruction.target": "input",
         "trainer.learning_rate": 1e-4,
         "trainer.samples": 14_000_000,  # 700 epochs of 20,000
+        "evaluation.holdout": 0.0,  # it trains on all normal images
     },
 }
 

@@ -129,8 +129,12 @@ class Launch:
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         patience = timedelta(seconds=JOIN_SECONDS)
 
-        def connect() -> dist.TCPStore:
-            return dist.TCPStore(address, port, world, is_master=hosts, wait_for_workers=False, timeout=patience)
+        # torchrun's agent keeps its store when it starts the ranks again: what the last ones agreed on is not ours.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+        def connect() -> dist.Store:
+            store = dist.TCPStore(address, port, world, is_master=hosts, wait_for_workers=False, timeout=patience)
+            return dist.PrefixStore(life, store) if life != "0" else store
 
         line, mine = Line(), launch_identity()
         try:

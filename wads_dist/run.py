@@ -20,7 +20,7 @@ from rich.console import Console
 from shards.build import build
 from shards.errors import DataError
 from shards.source import Dataset
-from wads_dist.categories import CONFIG, LOG, Plan, work
+from wads_dist.categories import LOG, Plan, work
 from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, resolve_batches
 from wads_dist.data import open_texture_bank
@@ -29,10 +29,11 @@ from wads_dist.distributed import Ranks
 from wads_dist.errors import ExitCode, WadsError, exit_code
 from wads_dist.evaluate import evaluate, load_model
 from wads_dist.groups import Place, form_groups
-from wads_dist.leases import METRICS
-from wads_dist.record import Outcome, check_fingerprint, check_run, open_run, record_summary
+from wads_dist.leases import METRICS, attempts_of
+from wads_dist.record import CONFIG, Outcome, check_fingerprint, check_run, open_run, record_summary
 from wads_dist.rendezvous import Launch, address_towards
 from wads_dist.report import write_report
+from wads_dist.results import save_results
 from wads_dist.signals import StopRequest, stop_with_launcher, supervisor_signals
 from wads_dist.status import Live
 from wads_dist.tables import reconstruction_table, results_table
@@ -84,18 +85,26 @@ def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopReque
             recorded = outcome
         return not outcome.missing
 
-    def look() -> Outcome:
+    def look(over: bool = False) -> Outcome:
         done = [name for name in plan.categories if (run / name / METRICS).is_file()]
-        failed = queue.failed()
+        failed = queue.failed() | (died(plan, run, done) if over else {})
         return Outcome(done, failed, missing=[c for c in plan.categories if c not in done and c not in failed])
 
     describe(config, plan, console)
     with Live(run, plan.categories, console):
         work(config, plan, launch, stop, on_tick)
-    outcome = look()
+    outcome = look(over=True)
     outcome.preempted = stop.requested and bool(outcome.missing)
     conclude(config, outcome, plan.categories, console)
     return outcome.status
+
+
+def died(plan: Plan, run: Path, done: list[str]) -> dict[str, int]:
+    """Categories whose last try in this launch has failed, whether or not one was left: groups in which too much has died take
+    no more."""
+    last = {name: attempts[-1] for name in plan.categories if name not in done and (attempts := attempts_of(run, name))}
+    ends = {name: a.end.code for name, a in last.items() if a.end and a.claim and a.claim.launch == plan.launch}
+    return {name: code for name, code in ends.items() if code not in (ExitCode.OK, ExitCode.PREEMPTED)}
 
 
 def plan_run(config: Config) -> int:
@@ -154,7 +163,9 @@ def prepare(config: Config, launch: Launch, settle: Callable[[Config, list[str]]
     settled = json.loads(everybody.share("plan", json.dumps(settled | {"places": places})))
     if "refused" in settled:
         launch.leave(settled["refused"])
-        raise SystemExit(settled["refused"])  # the first rank says what was wrong
+        refusal = WadsError("refused by the first rank, which says why")
+        refusal.exit_code = ExitCode(settled["refused"])
+        raise refusal
     return Plan(
         settled["launch"],
         settled["location"],
@@ -308,6 +319,7 @@ def evaluate_run(config: Config) -> int:
         model = load_model(path.parent, config, device)
         check_fingerprint(path, dataset.manifest(category).fingerprint)
         evaluation = evaluate(model, config, dataset, category, Ranks(0, 1, 0, 1, device))
+        save_results(path.parent, category, evaluation, config)
         write_text(path, json.dumps(json.loads(path.read_text()) | evaluation.metrics, indent=1))
     conclude(config, Outcome(), categories, Console())
     return ExitCode.OK

@@ -30,6 +30,7 @@ STYLES = dict(running="cyan", waiting="dim", failed="bold red", stopped="yellow"
 # Exit codes of launch/status.py. Those of errors.ExitCode, whose import takes longer than all of this one's.
 DONE, NOT_DONE, NO_RUN, FAILED, INTERRUPTED = 0, 1, 3, 4, 130
 PREEMPTED = 7
+EVENTS = "events.jsonl"
 # Of events.jsonl, which may have many MB; a step of a thousand ranks has a line of 6 KB.
 TAIL_BYTES = 65536
 # By so much may clocks differ before a lease that is renewed looks lost.
@@ -155,6 +156,8 @@ class Tail:
         """Newest event that says how far training is."""
         self.last_step: dict[str, Any] = {}
         self.last_resume: dict[str, Any] = {}
+        self.last_failure: dict[str, Any] = {}
+        """Why a worker could not go on."""
 
     def read(self) -> None:
         try:
@@ -170,6 +173,8 @@ class Tail:
         self.offset += len(lines)
         for event in _objects(lines):
             self.time = event.get("time", self.time)
+            if event.get("event") == "failed":
+                self.last_failure = event
             if event.get("event") in ("start", "resume", "step", "preempted"):
                 self.last = event
                 self.last_step = event if event["event"] == "step" else self.last_step
@@ -226,7 +231,7 @@ class RunReader:
     def _names(self, summary: dict[str, Any]) -> list[str]:
         """The newest launch's, in its order, then all others that have left a trace."""
         names = next(reversed(launches(self.run).values()), {}).get("categories", [])
-        traces = {path.parent.name for name in ("events.jsonl", METRICS) for path in self.run.glob(f"*/{name}")}
+        traces = {path.parent.name for name in (EVENTS, METRICS) for path in self.run.glob(f"*/{name}")}
         traces |= {path.name for path in self.run.glob(f"{QUEUE}/*")} | {*summary.get("missing", ())}
         return [*names, *sorted(traces - set(names))]
 
@@ -234,7 +239,7 @@ class RunReader:
         """``failed``: the code in the summary, for a category that failed without an attempt."""
         if name in self.done:
             return replace(self.done[name][0], quiet=now - self.done[name][1])
-        tail = self.tails.setdefault(name, Tail(self.run / name / "events.jsonl"))
+        tail = self.tails.setdefault(name, Tail(self.run / name / EVENTS))
         tail.read()
         metrics = _read(self.run / name / METRICS)
         attempt = next(reversed(attempts_of(self.run, name)), Attempt(0, Path(), None, None))

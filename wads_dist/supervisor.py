@@ -22,10 +22,11 @@ from wads_dist.leases import Lease
 from wads_dist.pulse import UNTIMED, Listener, stalled
 from wads_dist.rendezvous import Group
 from wads_dist.signals import ASKING
+from wads_dist.status import EVENTS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKER = (sys.executable, "-m", "wads_dist.worker")
-POLL_SECONDS = 0.2
+POLL_SECONDS, LOOK_SECONDS = 0.2, 1.0
 # For workers whose peer has saved and ended as they are about to.
 GRACE_SECONDS = 10.0
 # For a group to save when the launch's first rank, which it does not need for that, is gone.
@@ -192,7 +193,7 @@ def supervise(
         WadsError: asked to stop, and the worker could not.
     """
     category, key = task.category, f"{task.category}.{task.attempt}"
-    flag, reason = f"{key}/ended", None
+    flag, reason, next_look = f"{key}/ended", None, 0.0
     worker = Worker(config, group, location, task, cores)
     try:
         while worker.process.poll() is None:
@@ -205,9 +206,10 @@ def supervise(
             group.check_peers()
             if reason := group.flag(flag):
                 worker.end(reason)
-            elif lease and not lease.held:
-                reason = TAKEN
-            elif lease and (problem := stalled(group.standings(), config.trainer.hang_timeout)):
+            elif lease and time.monotonic() >= next_look:
+                next_look = time.monotonic() + LOOK_SECONDS  # a listing of a folder that all nodes share
+                reason = None if lease.held else TAKEN
+            if lease and reason is None and (problem := stalled(group.standings(), config.trainer.hang_timeout)):
                 _report_hang(config, category, problem)
                 reason = HUNG
             if lease and reason in (HUNG, TAKEN):
@@ -245,7 +247,7 @@ def _report_hang(config: Config, category: str, problem: str) -> None:
     folder = config.run.dir / category
     print(f"{category}: {problem}. Stacks of all ranks: {folder}/stacks-rank-*.txt", file=sys.stderr, flush=True)
     event = {"event": "hung", "time": round(time.time(), 3), "problem": problem}
-    with (folder / "events.jsonl").open("a") as stream:
+    with (folder / EVENTS).open("a") as stream:
         stream.write(json.dumps(event) + "\n")
 
 

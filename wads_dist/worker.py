@@ -32,22 +32,23 @@ from wads_dist.data import TrainingData, TrainingSplit, rank_samples
 from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
-from wads_dist.evaluate import evaluate, load_model, save_threshold, save_weights
-from wads_dist.figures import save_examples, save_samples
+from wads_dist.evaluate import evaluate, load_model, save_weights
 from wads_dist.guards import Requests, slowness
 from wads_dist.leases import METRICS, still_held
 from wads_dist.pulse import Pulse
+from wads_dist.results import save_results
 from wads_dist.signals import StopRequest, worker_signals
+from wads_dist.status import EVENTS
 from wads_dist.trainer import Losses, Trainer
 
-REJECTED, CURVES = "rejected.jsonl", "curves.json"
+REJECTED = "rejected.jsonl"
 
 
 class Events:
     """``RUN/<category>/events.jsonl``: one JSON object a line, appended; for machines. Rank 0 only."""
 
     def __init__(self, folder: Path, enabled: bool) -> None:
-        self.file = (folder / "events.jsonl").open("a") if enabled else None
+        self.file = (folder / EVENTS).open("a") if enabled else None
 
     def write(self, event: str, **values: Any) -> None:
         if self.file:
@@ -243,10 +244,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "backbone": f"{config.model.backbone} ({config.model.weights} weights)",
             "fingerprint": data.fingerprint,
         }
-        save_samples(folder / "samples.png", category, evaluation)
-        save_examples(folder, category, evaluation, config.evaluation.score_window)
-        save_threshold(folder, evaluation.threshold)
-        checkpoint.write_text(folder / CURVES, json.dumps(evaluation.curves))
+        save_results(folder, category, evaluation, config)
         require_lease(work.lease, ranks)
         # Last: this file says that the category is done.
         checkpoint.write_text(folder / METRICS, json.dumps(metrics, indent=1))
@@ -277,10 +275,10 @@ def require_lease(lease: Path | None, ranks: Ranks) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder, which holds config.toml")
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
     parser.add_argument("--category", required=True)
     parser.add_argument("--shards", required=True, help="location of the shards")
-    parser.add_argument("--config", type=Path, help="the launch's configuration; none: the run's")
+    parser.add_argument("--config", required=True, help="the launch's configuration")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of this rank")
     parser.add_argument("--cores", help="cores this rank may use, separated by commas; none: any")
     parser.add_argument("--lease", type=Path, help="file that says that the category is this group's")
@@ -297,7 +295,7 @@ def main() -> int:
     stacks = folder / f"stacks-rank-{rank:05d}.txt"
     faulthandler.register(signal.SIGUSR2, stacks.open("w"))  # supervisors send it when a rank hangs
     try:
-        config = load_config(["--config", str(arguments.config or arguments.run / "config.toml")])
+        config = load_config(["--config", arguments.config])
         train_category(config, arguments, stop, pulse)
     except PreemptedError as error:
         if rank == 0:

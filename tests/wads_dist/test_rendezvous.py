@@ -190,3 +190,22 @@ def test_a_second_launch_on_the_same_port_leaves_the_first_alone(monkeypatch: py
         assert "--master_port" in str(caught.value)
     # It has posted nothing: the first launch would take a pulse that ends for a rank of its own.
     assert not store.check(["pulse/1"])
+
+
+def test_what_the_ranks_of_an_earlier_life_agreed_on_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's agent keeps its store when it starts the ranks again."""
+    port, patience = free_port(), timedelta(seconds=60)
+    agent = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False, timeout=patience)
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    for life in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", life)
+        launch = Launch.from_environment()
+        assert launch.flag("stop") is None
+        launch.raise_flag("stop", "asked")
+        assert launch.flag("stop") == "asked"
+        launch.everybody().share("concluded", "7")
+        launch._closed.set()
+        launch._pulse.join(5)
+    assert agent.check(["/concluded", "1//concluded"])

@@ -10,12 +10,15 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
+from wads_dist.categories import Plan
 from wads_dist.config import Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import ExitCode, ResumeError, WadsError
+from wads_dist.groups import Place
+from wads_dist.leases import Owner, Queue
 from wads_dist.record import Outcome, mean_of, open_run, record_summary, summarise
 from wads_dist.rendezvous import Launch
-from wads_dist.run import evaluate_run, train_run
+from wads_dist.run import died, evaluate_run, train_run
 from wads_dist.supervisor import first_cause
 
 SMALL = (
@@ -69,6 +72,14 @@ def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tm
     again = launch(command(demo_shards, run, *together), ranks=2)
     assert again.returncode == 0 and again.stdout.count("done already") == 2
     assert json.loads((run / "summary.json").read_text()) == summary
+
+    written = ["curves.json", "samples.png", "examples/examples.json"]
+    for name in summary["categories"]:
+        for file in written:
+            (run / name / file).unlink()
+    assert main(evaluate_run, ["--config", str(run / "config.toml")]) == 0
+    assert json.loads((run / "summary.json").read_text())["mean"] == pytest.approx(summary["mean"], rel=1e-6)
+    assert all((run / name / file).is_file() for name in summary["categories"] for file in written)
 
 
 def started(run: Path, event: str, arguments: list[str]) -> "subprocess.Popen[bytes]":
@@ -219,6 +230,16 @@ def test_the_summary_keeps_what_other_commands_have_finished(tmp_path: Path) -> 
     summary = summarise(tmp_path, {"c": 3})
     assert list(summary["categories"]) == ["a", "b"] and summary["mean"] == {"pixel_auroc": 0.75}
     assert summary["failed"] == {"c": 3}
+
+
+def test_what_died_and_was_not_tried_again_has_failed(tmp_path: Path) -> None:
+    """Groups in which too much has died take no more; what they leave is no success, and no stop either."""
+    plan = Plan("this", "none", ["a", "b", "c", "d"], [(0,)], [Place("node")])
+    for name, launch, code in (("a", "this", 137), ("b", "this", 7), ("c", "another", 1), ("d", "this", 1)):
+        lease = Queue(tmp_path, [name], Owner(launch, "g0", (0,), "h"), attempts=3, lease_seconds=60).take()
+        assert lease
+        lease.end(code)
+    assert died(plan, tmp_path, done=["d"]) == {"a": 137}
 
 
 def test_slurm_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
