@@ -33,7 +33,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         BlockingIOError: `wait` is false and another process holds the lock.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    # NFS grants an exclusive lock on a file only to one who may write it.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

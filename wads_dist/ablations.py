@@ -28,7 +28,7 @@ from wads_dist.lbp import lbp_maps
 from wads_dist.models import Wads
 from wads_dist.sweep import sweep
 from wads_dist.sweep_plan import Sweep, load
-from wads_dist.sweep_report import SCORES, STOPPED, spread, summarise
+from wads_dist.sweep_report import SCORES, STOPPED, cell, spread, summarise
 
 METHOD, LBP = "wads", "LBP"
 VARIANTS = {
@@ -113,7 +113,7 @@ def rows(scores: Scores, score: str) -> Iterator[tuple[str, list[str]]]:
     """A row for each category, then the means over those categories for which every column has the score."""
     categories = list(scores[METHOD])
     for category in categories:
-        yield category, [_cell(scores[variant][category][score]) for variant in COLUMNS]
+        yield category, [cell(scores[variant][category][score]) for variant in COLUMNS]
     whole = [c for c in categories if all(scores[variant][c][score]["n"] for variant in COLUMNS)]
     groups = {"textures": paper.TEXTURES, "objects": paper.OBJECTS, "all": categories}
     for group, members in groups.items():
@@ -121,12 +121,6 @@ def rows(scores: Scores, score: str) -> Iterator[tuple[str, list[str]]]:
         if len(mine) > 1:
             means = [fmean(scores[variant][c][score]["mean"] for c in mine) for variant in COLUMNS]
             yield f"mean, {group} ({len(mine)})", [f"{mean:.3f}" for mean in means]
-
-
-def _cell(of: dict[str, Any]) -> str:
-    if of["mean"] is None:
-        return "–"
-    return f"{of['mean']:.3f}" + (f" ± {of['std']:.3f}" if of["std"] is not None else "")
 
 
 def table(scores: Scores, score: str) -> Table:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from wads_dist.checkpoint_files import write_text
 from wads_dist.errors import ExitCode, WadsError
+from wads_dist.record import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = "slurm"
 PATIENCE_SECONDS = 60.0
 
@@ -45,7 +45,6 @@ class JobOptions:
 class Queued:
     """A task in Slurm's queue."""
 
-    job: str
     state: str
     """Slurm's word: PENDING, RUNNING, COMPLETING, …"""
     node: str
@@ -113,9 +112,11 @@ def submit(out: Path, name: str, tasks: Sequence[int], options: JobOptions) -> s
     """
     script = out / FOLDER / "job.sh"
     script.parent.mkdir(exist_ok=True)
-    write_text(script, job_script(out, name, tasks, options))
-    # On the command line too: SBATCH_JOB_NAME in the environment counts for more than the script.
-    result = _run("sbatch", "--parsable", f"--job-name={name}", str(script))
+    text = job_script(out, name, tasks, options)
+    write_text(script, text)
+    # On the command line too: SBATCH_PARTITION and the like in the environment count for more than the script.
+    asked = [word for line in text.splitlines() if line.startswith("#SBATCH ") for word in shlex.split(line)[1:]]
+    result = _run("sbatch", "--parsable", *asked, str(script))
     if result.returncode:
         raise SlurmError(f"sbatch refuses {script}: {result.stderr.strip()}")
     return result.stdout.strip().partition(";")[0]
@@ -127,7 +128,7 @@ def queue(name: str) -> dict[int, Queued]:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    result = _run("squeue", "--me", f"--name={name}", "--array", "--noheader", "--format=%K|%A|%T|%N|%r")
+    result = _run("squeue", "--me", f"--name={name}", "--array", "--noheader", "--format=%K|%T|%N|%r")
     if result.returncode:
         raise SlurmError(f"squeue does not answer: {result.stderr.strip()}")
     rows = [line.strip().split("|") for line in result.stdout.splitlines()]

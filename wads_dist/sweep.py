@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
 
 from rich import box
 from rich.console import Console
@@ -22,9 +24,10 @@ from wads_dist import slurm
 from wads_dist.checkpoint_files import steps, write_text
 from wads_dist.config import ConfigError
 from wads_dist.errors import ExitCode
+from wads_dist.record import SUMMARY
 from wads_dist.sweep_launch import POLL_SECONDS, Signals, train
 from wads_dist.sweep_plan import Sweep, add_job, held, load, open_sweep, parse_grid, plan_runs, record
-from wads_dist.sweep_report import SUMMARY, show, summarise, verdict
+from wads_dist.sweep_report import show, summarise, verdict
 from wads_dist.sweep_watch import Watch
 
 QUEUE_SECONDS = 10.0
@@ -52,8 +55,7 @@ def sweep(
     runs = plan_runs(out, arguments, parse_grid(given.grid), given.seeds, build=not given.dry_run, variants=variants)
     options = None
     if given.slurm:
-        names = ("partition", "time", "gpus", "cpus", "array_limit", "signal_before", "sbatch")
-        options = slurm.JobOptions(**{name: getattr(given, name) for name in names})
+        options = slurm.JobOptions(**{field.name: getattr(given, field.name) for field in fields(slurm.JobOptions)})
     if given.dry_run:
         show_plan(open_sweep(out, runs, given.ranks), options, given.json)
         return ExitCode.OK
@@ -71,9 +73,10 @@ def sweep(
     summary = summarise(plan)
     summary["exit_code"] = int(verdict(summary) if stopped is None else stopped)
     write_text(out / SUMMARY, json.dumps(summary, indent=1))
-    show(summary, console)
-    if given.json:
-        print(json.dumps(summary, indent=1))
+    with suppress(OSError, SystemExit):  # nobody may be left to read it
+        show(summary, console)
+        if given.json:
+            print(json.dumps(summary, indent=1), flush=True)
     return summary["exit_code"]
 
 
@@ -85,8 +88,8 @@ def command_line() -> str:
 def show_plan(plan: Sweep, options: slurm.JobOptions | None, as_json: bool) -> None:
     """Prints what would be started; with ``options``, by Slurm."""
     if as_json:
-        fields = ("name", "settings", "categories", "missing")
-        runs = [{field: getattr(run, field) for field in fields} for run in plan.runs]
+        shown = ("name", "settings", "categories", "missing")
+        runs = [{name: getattr(run, name) for name in shown} for run in plan.runs]
         print(json.dumps({"sweep": str(plan.out), "ranks": plan.ranks, "runs": runs}, indent=1))
         return
     console = Console(highlight=False)

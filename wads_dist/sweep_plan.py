@@ -30,7 +30,7 @@ RECORD, CONFIGS, ENDED, LOCK = "sweep.json", "configs", "ended", ".lock"
 LONE = "run"
 SEED = "trainer.seed"
 # Decided by the sweep itself.
-NOT_IN_GRID = ("run.dir", "data.categories")
+NOT_IN_GRID = ("config", "local_rank", "run.dir", "data.categories")
 
 
 @dataclass(frozen=True)

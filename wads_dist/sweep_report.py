@@ -12,10 +12,10 @@ from rich.table import Table
 
 from wads_dist.errors import ExitCode
 from wads_dist.leases import METRICS
+from wads_dist.record import SUMMARY
 from wads_dist.status import RunReader
 from wads_dist.sweep_plan import Run, Sweep
 
-SUMMARY = "summary.json"
 STOPPED = (ExitCode.PREEMPTED, ExitCode.INTERRUPTED)
 SCORES = {"pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP", "image_auroc": "image AUROC"}
 # More rows than this are for summary.json alone.
@@ -58,9 +58,9 @@ def failed(sweep: Sweep) -> dict[str, dict[str, int]]:
     for run in sweep.runs:
         for c in RunReader(run.folder, run.missing).read().categories if run.missing else ():
             code, ended = c.code, sweep.ended_file(run, c.name)
-            if c.state == "waiting" and ended.is_file():
-                code = int(ended.read_text())  # of a launch that had not come to this category
-            if c.state in ("waiting", "failed") and code not in (None, ExitCode.OK, *STOPPED):
+            if code is None and ended.is_file():
+                code = int(ended.read_text())  # of a launch that had not come to this category, or has lost it
+            if code not in (None, ExitCode.OK, *STOPPED):
                 found.setdefault(run.name, {})[c.name] = int(code)
     return found
 
@@ -70,10 +70,14 @@ def verdict(summary: dict[str, Any]) -> ExitCode:
     if summary["complete"]:
         return ExitCode.OK
     codes = {code for of in summary["failed"].values() for code in of.values()}
-    done = any(of["image_auroc"]["n"] for of in _by_category(summary))
-    if not done and len(codes) == 1 and codes <= set(ExitCode):
+    if not _scored(summary) and len(codes) == 1 and codes <= set(ExitCode):
         return ExitCode(codes.pop())
     return ExitCode.CATEGORY_FAILED if codes else ExitCode.PREEMPTED
+
+
+def _scored(summary: dict[str, Any]) -> bool:
+    """Whether anything is done. One score may be undefined where others are not."""
+    return any(of["n"] for scores in _by_category(summary) for of in scores.values())
 
 
 def _scores(run: Run) -> dict[str, dict[str, Any]]:
@@ -118,10 +122,11 @@ def _table(title: str, first: str) -> Table:
 
 def _row(table: Table, name: str, scores: dict[str, Any], runs: int) -> None:
     counted = max(of["n"] for of in scores.values())
-    table.add_row(name, *(_cell(scores[score]) for score in SCORES), f"{counted}/{runs}")
+    table.add_row(name, *(cell(scores[score]) for score in SCORES), f"{counted}/{runs}")
 
 
-def _cell(of: dict[str, Any]) -> str:
+def cell(of: dict[str, Any]) -> str:
+    """A mean and its deviation, as ``spread`` gives them."""
     if of["mean"] is None:
         return "–"
     return f"{of['mean']:.3f}" + (f" ± {of['std']:.3f}" if of["std"] is not None else "")
@@ -129,7 +134,7 @@ def _cell(of: dict[str, Any]) -> str:
 
 def show(summary: dict[str, Any], console: Console) -> None:
     """Prints the tables, once there is a score, and what is not done."""
-    if any(of["image_auroc"]["n"] for of in _by_category(summary)):
+    if _scored(summary):
         console.print(tables(summary))
     for run, names in summary["missing"].items():
         codes = summary["failed"].get(run, {})

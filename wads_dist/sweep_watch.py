@@ -1,6 +1,7 @@
 """What a sweep is doing, for the person who started it: the categories of all runs as one table, or as lines."""
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from rich.console import Console
@@ -14,7 +15,11 @@ LOOK_SECONDS, LINE_SECONDS = 2.0, 60.0
 
 
 class Watch:
-    """A live table on a terminal; elsewhere, or if not ``live``, a line whenever something changes."""
+    """A live table on a terminal; elsewhere, or if not ``live``, a line whenever something changes.
+
+    Whatever happens to the terminal or the folders, the sweep goes on: its launch has a session of its own and would not end
+    with this process. (SystemExit is what rich makes of a pipe that nobody reads any more.)
+    """
 
     def __init__(self, sweep: Sweep, console: Console, live: bool) -> None:
         self.sweep, self.console = sweep, console
@@ -32,21 +37,25 @@ class Watch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
+        with suppress(Exception, SystemExit):
+            if self._live:
+                self._live.stop()
 
     def say(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        with suppress(Exception, SystemExit):
+            self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def look(self) -> RunStatus:
         """Reads where everything stands, at most once in ``LOOK_SECONDS``, and shows it."""
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
-            self._looked, self._status = now, self.read()
-            if self._live:
-                self._live.update(status_table(self._status, self.console.height), refresh=True)
-            else:
-                self._print_changes(now)
+            self._looked = now
+            with suppress(Exception, SystemExit):
+                self._status = self.read()
+                if self._live:
+                    self._live.update(status_table(self._status, self.console.height), refresh=True)
+                else:
+                    self._print_changes(now)
         return self._status
 
     def read(self) -> RunStatus:

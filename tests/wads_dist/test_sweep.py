@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launch.sweep import parse
 from tests.conftest import REPOSITORY, environment
@@ -16,13 +18,13 @@ from tests.wads_dist.faults.launching import events, processes
 from wads_dist import slurm
 from wads_dist.config import ConfigError
 from wads_dist.errors import ExitCode, ResumeError
-from wads_dist.leases import METRICS
+from wads_dist.leases import METRICS, Owner, Queue
 from wads_dist.slurm import JobOptions, Queued, array_of, job_script
 from wads_dist.status import CategoryStatus
 from wads_dist.sweep import sweep
 from wads_dist.sweep_plan import Run, load, open_sweep, parse_grid, plan_runs, read_record, record
 from wads_dist.sweep_report import spread, summarise, verdict
-from wads_dist.sweep_watch import in_queue
+from wads_dist.sweep_watch import Watch, in_queue
 
 RHO = "objective.kl.rho"
 
@@ -77,6 +79,7 @@ def test_all_problems_of_all_runs_are_said_at_once(tmp_path: Path) -> None:
         ([f"{RHO}"], "give SECTION.FIELD=VALUE"),
         ([f"{RHO}=0.1", f"{RHO}=0.2"], f"--grid {RHO}: given twice"),
         (["data.categories=a,b"], "data.categories: cannot be varied"),
+        (["config=a.toml,b.toml"], "config: cannot be varied"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(grid: list[str], said: str) -> None:
@@ -205,7 +208,7 @@ def test_tasks_that_are_done_or_in_the_queue_are_not_submitted(
     settings: list[str], tmp_path: Path, pretend_slurm: Callable[..., None]
 ) -> None:
     out = tmp_path / "sweep"
-    pretend_slurm(squeue="echo '1|77|PENDING||Resources'", sbatch="echo '99;cluster'")
+    pretend_slurm(squeue="echo '1|PENDING||Resources'", sbatch="echo '99;cluster'")
     finish(planned(out, settings, "0.05,0.1")[1], "demo_biscuit")
     given = parse(["--out", str(out), "--grid", f"{RHO}=0.05,0.1", "--slurm", "--no-watch", *settings])
     assert sweep(*given) == ExitCode.OK
@@ -230,11 +233,11 @@ def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_waits_in_the_queue_is_shown_as_waiting_there() -> None:
     failed = CategoryStatus("nut", "failed", attempt=1, code=3, reason="damaged")
-    assert in_queue(failed, Queued("7", "PENDING", "", "Priority")).state == "waiting"
-    assert in_queue(failed, Queued("7", "PENDING", "", "Priority")).host == "queued (Priority)"
-    assert in_queue(failed, Queued("7", "RUNNING", "node-a", "None")).state == "running"
+    assert in_queue(failed, Queued("PENDING", "", "Priority")).state == "waiting"
+    assert in_queue(failed, Queued("PENDING", "", "Priority")).host == "queued (Priority)"
+    assert in_queue(failed, Queued("RUNNING", "node-a", "None")).state == "running"
     done = CategoryStatus("nut", "done")
-    assert in_queue(done, Queued("7", "COMPLETING", "node-a", "None")) is done
+    assert in_queue(done, Queued("COMPLETING", "node-a", "None")) is done
 
 
 # --- the summary -------------------------------------------------------------------------------------------------
@@ -275,6 +278,53 @@ def test_the_exit_code_says_what_became_of_the_categories(
         plan.ended_file(run, category).parent.mkdir(parents=True, exist_ok=True)
         plan.ended_file(run, category).write_text(str(failed))
     assert verdict(summarise(plan)) == code
+
+
+def test_a_rank_that_was_lost_has_failed_though_nobody_ended_its_attempt(settings: list[str], tmp_path: Path) -> None:
+    plan = open_sweep(tmp_path, planned(tmp_path, settings, "0.1"), None)
+    (run,) = plan.runs
+    assert Queue(run.folder, run.categories, Owner("l", "g0", (0,), "h"), attempts=3, lease_seconds=60).take()
+    path = plan.ended_file(run, run.categories[0])
+    path.parent.mkdir(parents=True)
+    path.write_text("8")
+    assert verdict(summarise(plan)) == ExitCode.RANK_LOST
+
+
+def test_scores_of_pixels_alone_count_as_done(settings: list[str], tmp_path: Path) -> None:
+    plan = open_sweep(tmp_path, planned(tmp_path, settings, "0.1"), None)
+    (run,) = plan.runs
+    finish(run, run.categories[0])
+    path = run.folder / run.categories[0] / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_auroc": None}))
+    ended = plan.ended_file(run, run.categories[1])
+    ended.parent.mkdir(parents=True)
+    ended.write_text("3")
+    assert verdict(summarise(plan)) == ExitCode.CATEGORY_FAILED
+
+
+def test_a_terminal_that_nobody_reads_does_not_end_the_sweep(settings: list[str], tmp_path: Path) -> None:
+    """Its launch has a session of its own: it would train on, and the same command would start another."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    plan = open_sweep(tmp_path, planned(tmp_path, settings, "0.1"), None)
+    with Watch(plan, Console(file=Closed()), live=False) as watch:
+        watch.say("to train")
+        assert [c.state for c in watch.look().categories] == ["waiting"] * len(plan.runs[0].categories)
+
+
+def test_what_was_asked_for_counts_more_than_the_sites_defaults(
+    settings: list[str], tmp_path: Path, pretend_slurm: Callable[..., None]
+) -> None:
+    """sbatch takes SBATCH_PARTITION and the like before a script's own lines, but not before its command line."""
+    pretend_slurm(squeue="true", sbatch=f'for word; do echo "$word"; done > {tmp_path}/asked; echo 99')
+    options = ["--slurm", "--no-watch", "--partition", "gpu", "--time", "04:00:00", "--sbatch=--account=x"]
+    sweep(*parse(["--out", str(tmp_path / "it's a sweep"), *options, *settings]))
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert {"--partition=gpu", "--time=04:00:00", "--array=0-1", "--requeue"} <= set(asked)
+    assert f"--output={tmp_path}/it's a sweep/slurm/%A_%a.log" in asked
 
 
 # --- a launch ----------------------------------------------------------------------------------------------------
