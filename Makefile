@@ -37,7 +37,7 @@ lint: setup
 	$(RUN) mypy
 
 test: lint ## check style and types, and run every test that needs no GPU
-	$(RUN) pytest -m "not gpu and not long"
+	$(RUN) pytest -m "not gpu and not long" --durations 30 --durations-min 10
 
 test-fast: setup ## the tests that take seconds
 	$(RUN) pytest -m "not gpu and not slow and not fault and not cluster and not slurm"

@@ -1,11 +1,12 @@
 """What tests of several files share: real ranks, and a small data set."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,14 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
         return printed
 
     return run
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for what the tests of one file share, gone after them: the runs of the whole suite would fill a disk."""
+    path = tmp_path_factory.mktemp("module")
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("over-two-hosts") / "run"
+def run(module_path: Path) -> Path:
+    return module_path / "run"
 
 
 @contextmanager

@@ -14,14 +14,14 @@ from wads_dist.leases import attempts_of
 pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1200)]
 CATEGORIES = ["demo_biscuit", "demo_gear", "demo_leafplate", "demo_weave"]
 MORE = ["--data.categories", ",".join(CATEGORIES), "--parallel.lease_seconds", "6", "--trainer.samples", "240"]
-MORE += ["--parallel.attempts", "2"]  # a dead host costs its category one
+MORE += ["--checkpoint.keep", "1", "--parallel.attempts", "2"]  # a dead host costs its category one
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(module_path: Path) -> Path:
     from shards.demo import demo
 
-    out = tmp_path_factory.mktemp("several") / "shards"
+    out = module_path / "shards"
     demo(out, categories=15, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)
     return out
 

@@ -24,23 +24,23 @@ OPTIONS = (
     "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
     f"--model.latent 16 --trainer.global_batch_size {BATCH} --trainer.samples {BATCH * STEPS} --trainer.log_every 1 "
     # A lease that a dead node has left behind is not waited for long.
-    f"--trainer.threads 1 --checkpoint.every_steps {EVERY} --parallel.lease_seconds 10"
+    f"--trainer.threads 1 --checkpoint.every_steps {EVERY} --checkpoint.keep 1 --parallel.lease_seconds 10"
 ).split()
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(module_path: Path) -> Path:
     from shards.demo import demo
 
-    out = tmp_path_factory.mktemp("demo") / "shards"
+    out = module_path / "shards"
     demo(out, categories=len(CATEGORIES), size=64, train=8, good=3, per_defect=1, workers=1, progress=False)
     return out
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(shards: Path, module_path: Path) -> Path:
     """The run of a sweep on this machine, without Slurm."""
-    out = tmp_path_factory.mktemp("undisturbed") / "sweep"
+    out = module_path / "sweep"
     command = ["python", "launch/sweep.py", "--out", str(out), "--ranks", "1", "--data.shards", str(shards), *OPTIONS]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -53,8 +53,8 @@ def trained(folder: Path, settings: str = SMALL) -> tuple[Wads, Config]:
 
 
 @pytest.fixture(scope="module")
-def category(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "nut"
+def category(module_path: Path) -> Path:
+    folder = module_path / "nut"
     trained(folder)
     return folder
 

@@ -61,8 +61,8 @@ def saved(model: Wads, folder: Path, config: Config, threshold: Threshold | None
 
 
 @pytest.fixture(scope="module")
-def run(model: Wads, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(model, tmp_path_factory.mktemp("run") / "nut", config)
+def run(model: Wads, config: Config, module_path: Path) -> Path:
+    return saved(model, module_path / "nut", config)
 
 
 def brightness(batch_size: int = 4) -> Detector:

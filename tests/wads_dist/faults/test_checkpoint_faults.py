@@ -49,9 +49,9 @@ def test_row_2_from_two_ranks_to_one_and_back(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+def rows(module_path: Path) -> str:
     """One program for four rows: each start of Python and DeepSpeed costs more than a row."""
-    return program("checkpoint_faults.py", tmp_path_factory.mktemp("faults"), "5,6,7,14")
+    return program("checkpoint_faults.py", module_path, "5,6,7,14")
 
 
 @pytest.mark.parametrize(("row", "findings"), [(5, 8), (6, 10), (7, 1), (14, 1)])

@@ -22,18 +22,18 @@ STEPS = 8
 OPTIONS = (
     "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
     f"--model.latent 16 --trainer.global_batch_size 8 --trainer.samples {8 * STEPS} --trainer.log_every 1 "
-    "--trainer.threads 1 --checkpoint.every_steps 2"
+    "--trainer.threads 1 --checkpoint.every_steps 2 --checkpoint.keep 1 --checkpoint.keep_best false"
 ).split()
 FOUR = ["demo_biscuit", "demo_gear", "demo_leafplate", "demo_weave"]
 EIGHT = [*FOUR, "demo_bolt", "demo_button", "demo_chip", "demo_dial"]
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(module_path: Path) -> Path:
     """All 15 demo categories, 8 training images each."""
     from shards.demo import demo
 
-    out = tmp_path_factory.mktemp("all") / "shards"
+    out = module_path / "shards"
     demo(out, categories=15, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)
     return out
 
@@ -64,9 +64,9 @@ def ends_well(start: Launched, patience: float = 900) -> float:
 
 
 @pytest.fixture(scope="module")
-def by_two(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def by_two(shards: Path, module_path: Path) -> Path:
     """All 15 by two ranks, a group each, undisturbed."""
-    run = tmp_path_factory.mktemp("two") / "run"
+    run = module_path / "by_two"
     with launched(run, command(shards, run, 2), run.parent / "log") as start:
         seconds = ends_well(start)
     print(f"15 categories on 2 ranks: {seconds:.0f} s")
@@ -223,6 +223,6 @@ class TestOneRunThatThingsHappenTo:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(module_path: Path) -> Path:
     """The folder of the run that all these faults happen to."""
-    return tmp_path_factory.mktemp("disturbed") / "run"
+    return module_path / "run"

@@ -16,8 +16,8 @@ SETTINGS = "--trainer.spike_window 4 --trainer.max_rejected 6 --trainer.hang_tim
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faulty") / "run"
+def run(module_path: Path) -> Path:
+    return module_path / "run"
 
 
 def start(shards: Path, run: Path, faults: list[tuple[str, int, int, int]]) -> tuple[int, str]:

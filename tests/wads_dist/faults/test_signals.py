@@ -31,9 +31,9 @@ SOON = 60.0
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(module_path: Path) -> Path:
     """The folder of the run that all these faults happen to."""
-    return tmp_path_factory.mktemp("broken") / "run"
+    return module_path / "run"
 
 
 @contextmanager
