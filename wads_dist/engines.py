@@ -1,9 +1,8 @@
 """Two DeepSpeed engines that step together or not at all.
 
-Generator and segmenter share one engine, the discriminator has the other; frozen, it is called through its module (the only
-pattern that is right at every ZeRO stage). Autocast and the loss scale are ours rather than each engine's own, because a
-rejected step must be rejected in both: DeepSpeed keeps one scaler an engine and looks for overflow only inside ``step()``, too
-late to agree.
+Generator and segmenter share one engine, the discriminator has the other. Autocast and the loss scale are ours rather than each
+engine's own, because a rejected step must be rejected in both: DeepSpeed keeps one scaler an engine and looks for overflow only
+inside ``step()``, too late to agree.
 Parameters, gradients and optimiser state are therefore fp32 to DeepSpeed, at ZeRO 0 to 3 alike.
 """
 
@@ -95,16 +94,6 @@ def discard(engine: DeepSpeedEngine) -> None:
 def set_learning_rate(engine: DeepSpeedEngine, learning_rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """No gradient for ``module``'s parameters inside; gradients still flow through it to its input."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
 
 
 def local_parameters(module: nn.Module) -> list[Tensor]:

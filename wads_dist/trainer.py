@@ -98,6 +98,20 @@ def discriminator_loss(real_logit: Tensor, fake_logit: Tensor) -> Tensor:
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
+class WithGradient(torch.autograd.Function):
+    """``apply(x, value, gradient, scale)`` is ``value``; its gradient for ``x`` was taken before, times ``scale``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, gradient: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.scale = scale
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.saved_tensors[0] * (upstream / ctx.scale), None, None, None
+
+
 def learning_rate(config: Config, position: int) -> float:
     """The rate at sample ``position`` of the budget: a function of the position alone, so there is no scheduler state."""
     trainer = config.trainer
@@ -157,26 +171,29 @@ class Trainer:
         ids = torch.arange(mine.start, mine.stop, device=self.ranks.device)
         return list(ids.split(self.micro_batch_size))
 
-    def generator_losses(self, batch: Batch) -> tuple[Tensor, ObjectiveTerms, dict[str, Tensor], Tensor]:
-        """Forward of generator and segmenter and their whole objective; also X̂, detached."""
-        weights = self.config.objective
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, ObjectiveTerms, dict[str, Tensor]]:
+        """Forward passes of all networks: what generator and segmenter minimise, what the discriminator does, and its parts.
+
+        The discriminator sees X and X̂ once, for both: L_adv's gradient for X̂ is taken from the graph on which L_disc's
+        backward then runs (on X̂ detached, both would need a pass of their own over each image).
+        """
+        weights, mark, step = self.config.objective, self.pulse.mark, self.progress.step
         x_hat, logits, z, z_hat = self.gs(batch.clean, batch.anomalous, weights.latent.detach)
-        with engines.frozen(self.d.module):
-            # Through the module, frozen: through the engine, ZeRO would count it as the discriminator's own step.
-            fake = self.d.module(x_hat)
-            with torch.no_grad():
-                real = self.d.module(batch.clean)[0]
+        mark("discriminator", step)
+        seen = x_hat.detach().requires_grad_()
+        # DeepSpeed must know of a forward pass, but would take a gradient for the outputs it has seen as the step's backward.
+        real, fake = self.d(batch.clean), self.d.module(seen)
+        adversarial = adversarial_loss(weights.adversarial.form, fake, real[0])
+        scaled = adversarial * self.loss_scale.scale
+        (gradient,) = torch.autograd.grad(scaled, seen, retain_graph=True)
+        adversarial = WithGradient.apply(x_hat, adversarial.detach(), gradient, self.loss_scale.scale)
+        discriminator = discriminator_loss(real[1], fake[1])
+        mark("objective", step)
         target = batch.clean if weights.reconstruction.target == "clean" else batch.anomalous
         terms = objective(target, x_hat, logits, batch.mask, self.weights, self.config.trainer.kernels)
-        adversarial = adversarial_loss(weights.adversarial.form, fake, real)
         latent = F.mse_loss(z_hat.float(), z.float())
         total = terms.total + weights.adversarial.weight * adversarial + weights.latent.weight * latent
-        return total, terms, {"adversarial": adversarial, "latent": latent}, x_hat.detach()
-
-    def discriminator_losses(self, clean: Tensor, reconstruction: Tensor) -> Tensor:
-        """One pass over real and reconstructed images together, so that there is one backward."""
-        _, logits = self.d(torch.cat([clean, reconstruction.to(clean.dtype)]))
-        return discriminator_loss(*logits.chunk(2))
+        return total, discriminator, terms, {"adversarial": adversarial, "latent": latent}
 
     def step(self, first: int) -> Losses:
         """One optimiser step of both engines on the samples [first, first + global batch), or of neither."""
@@ -190,10 +207,9 @@ class Trainer:
                 mark("data", number)
                 batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
                 mark("forward", number)
-                total, terms, extra, x_hat = self.generator_losses(batch)
+                total, disc, terms, extra = self.losses(batch)
             mark("backward", number)
             self.gs.backward(total * self.loss_scale.scale)
-            disc = self.discriminator_losses(batch.clean, x_hat)
             self.d.backward(disc * self.loss_scale.scale)
             losses.add(
                 total=total,

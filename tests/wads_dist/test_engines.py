@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from wads_dist.engines import LossScale, ParameterAverage, frozen
+from wads_dist.engines import LossScale, ParameterAverage
 
 Run = Callable[..., list[str]]
 
@@ -53,13 +53,6 @@ def test_loss_scale_halves_on_overflow_and_grows_after_good_steps() -> None:
     fixed = LossScale()
     fixed.update(finite=False)
     assert fixed.scale == 1
-
-
-def test_frozen_lets_gradients_through_but_takes_none() -> None:
-    net, x = nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
-    with frozen(net):
-        net(x).backward()
-    assert x.grad is not None and net.weight.grad is None and net.weight.requires_grad
 
 
 def test_moving_average() -> None:

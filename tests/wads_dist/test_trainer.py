@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from wads_dist.config import load_config
 from wads_dist.errors import NotFiniteError
 from wads_dist.guards import Report, Verdict, judge
-from wads_dist.trainer import Losses, Progress, Trainer, adversarial_loss, discriminator_loss
+from wads_dist.trainer import Losses, Progress, Trainer, WithGradient, adversarial_loss, discriminator_loss
 from wads_dist.trainer import learning_rate as rate
 
 
@@ -30,6 +30,19 @@ def test_adversarial_forms(form: str) -> None:
     loss.backward()
     assert real.grad is None  # the real feature is a target
     assert (logit.grad is not None) == (form == "non_saturating")
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_a_loss_whose_gradient_was_taken_before_goes_on_with_it(scale: float) -> None:
+    """As L_adv's is, with a float16 loss scale or without."""
+    x, w = torch.randn(3, requires_grad=True), torch.randn(3)
+    seen = (2 * x).detach().requires_grad_()
+    value = (seen * w).square().sum()
+    (gradient,) = torch.autograd.grad(value * scale, seen, retain_graph=True)
+    loss = WithGradient.apply(2 * x, value.detach(), gradient, scale)
+    assert loss.item() == value.item()
+    (3 * loss * scale).backward()
+    assert x.grad is not None and torch.allclose(x.grad / scale, 3 * 2 * 2 * (2 * x) * w**2)
 
 
 def test_discriminator_loss_is_the_mean_of_two_cross_entropies() -> None:
