@@ -11,7 +11,7 @@ from html import escape
 from typing import TypeGuard
 
 WIDTH, HEIGHT = 320, 220
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 34
+LEFT, RIGHT, TOP, BOTTOM = 48, 8, 8, 34
 # Of one chart on a logarithmic scale: smaller values lie on its lower edge.
 DECADES = 5
 

@@ -126,22 +126,27 @@ class OwnTime:
         self.on_device = device_type != "cpu"
         self.pairs: list[tuple[Any, Any]] = []
 
-    def _now(self) -> Any:
-        if not self.on_device:
-            return time.perf_counter()
-        event = get_accelerator().Event(enable_timing=True)
-        event.record()
-        return event
-
     def __enter__(self) -> None:
-        self.start = self._now()
+        self.start = now(self.on_device)
 
     def __exit__(self, *_: object) -> None:
-        self.pairs.append((self.start, self._now()))
+        self.pairs.append((self.start, now(self.on_device)))
 
     def take(self) -> float:
         """Seconds since the last call."""
         pairs, self.pairs = self.pairs, []
-        if self.on_device:
-            return sum(a.elapsed_time(b) for a, b in pairs) / 1000
-        return sum(b - a for a, b in pairs)
+        return sum(seconds_between(a, b) for a, b in pairs)
+
+
+def now(on_device: bool) -> Any:
+    """A moment of the device's stream, or of this host's clock."""
+    if not on_device:
+        return time.perf_counter()
+    event = get_accelerator().Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(a: Any, b: Any) -> float:
+    """Two moments of the same kind; those of a stream must have passed."""
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000

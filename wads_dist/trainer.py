@@ -108,7 +108,7 @@ class WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.saved_tensors[0] * (upstream / ctx.scale), None, None, None
 
 

@@ -1,0 +1,175 @@
+"""The joint training step beside what one would write in plain PyTorch, in one run on one rank.
+
+    PYTHONPATH=. python benchmarks/training_step.py [--backbones resnet18 resnet50] [--batch 16] [--rounds 3] [--json FILE]
+
+All train the same networks from the same weights with the same losses; rows take turns, a step each, and medians are compared:
+
+* ``eager NCHW fp32``: as it is first written. Contiguous layout, fp32, passes of the discriminator for L_adv and L_disc, the
+  losses in PyTorch, one batch in memory again and again.
+* ``eager channels_last bf16``: the same loop with channels_last, autocast, fused Adam and our compiled losses.
+* ``our step, no DeepSpeed``: the trainer's step with synthesis, in plain PyTorch.
+* ``ours``: ``Trainer.step``, what a run does: synthesis, both engines, the agreement on finiteness.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kernels.objective import objective
+from kernels.synthesis import Batch
+from wads_dist.config import Config, load_config
+from wads_dist.kernel_timing import measure_device, synchronise
+from wads_dist.models import Discriminator, Wads
+from wads_dist.record import code_version
+from wads_dist.step_profile import RandomImages, join
+from wads_dist.trainer import Trainer, WithGradient, adversarial_loss, discriminator_loss, objective_weights
+
+
+class PlainLoop:
+    """The same step without DeepSpeed: ``tuned`` has channels_last, bf16, fused Adam and compiled losses, ``synthesis`` makes
+    its batches, ``shared`` passes every image through the discriminator once."""
+
+    def __init__(self, config: Config, device: torch.device, tuned: bool, synthesis: bool, shared: bool) -> None:
+        torch.manual_seed(config.trainer.seed)
+        self.config, self.tuned, self.synthesis, self.shared = config, tuned, synthesis, shared
+        precision = "bf16" if tuned else "fp32"
+        size, width = config.data.image_size, config.model.width
+        self.wads = Wads(config.model, size, precision).to(device)
+        self.d = Discriminator(size, width, precision).to(device)
+        if not tuned:
+            generator = self.wads.generator
+            # Ours turns the decoder's first map to channels_last, and all that follows with it.
+            generator.decode = lambda z: (torch.tanh(generator.decoder(z[:, :, None, None].contiguous())) + 1) / 2
+        rate, betas = config.trainer.learning_rate, config.trainer.betas
+        self.optimizers = [
+            torch.optim.Adam(net.parameters(), rate, betas, fused=tuned or None) for net in (self.wads, self.d)
+        ]
+        self.data, self.weights = RandomImages(config, device), objective_weights(config.objective)
+        self.ids = torch.arange(config.trainer.global_batch_size, device=device)
+        first = self.data.batch(self.ids)
+        layout = torch.channels_last if tuned else torch.contiguous_format
+        self.kept = Batch(
+            first.clean.contiguous(memory_format=layout), first.anomalous.contiguous(memory_format=layout), first.mask
+        )
+
+    def step(self) -> None:
+        batch, w = self.data.batch(self.ids) if self.synthesis else self.kept, self.config.objective
+        self.ids = self.ids + len(self.ids)
+        x_hat, logits, z, z_hat = self.wads(batch.clean, batch.anomalous, True)
+        backend = self.config.trainer.kernels if self.tuned else "torch"
+        loss = objective(batch.clean, x_hat, logits, batch.mask, self.weights, backend).total
+        loss = loss + w.latent.weight * F.mse_loss(z_hat.float(), z.float())
+        adversarial, discriminator = (self.shared_pass if self.shared else self.passes)(batch, x_hat)
+        (loss + w.adversarial.weight * adversarial).backward()
+        discriminator().backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def passes(self, batch: Batch, x_hat: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """L_adv, and how to compute L_disc: a pass of its own over each image for either."""
+        with torch.no_grad():
+            real = self.d(batch.clean)[0]
+        self.d.requires_grad_(False)
+        adversarial = adversarial_loss(self.config.objective.adversarial.form, self.d(x_hat), real)
+        self.d.requires_grad_(True)
+        return adversarial, lambda: discriminator_loss(self.d(batch.clean)[1], self.d(x_hat.detach())[1])
+
+    def shared_pass(self, batch: Batch, x_hat: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The same from one pass, as the trainer does it."""
+        seen = x_hat.detach().requires_grad_()
+        real, fake = self.d(batch.clean), self.d(seen)
+        value = adversarial_loss(self.config.objective.adversarial.form, fake, real[0])
+        (gradient,) = torch.autograd.grad(value, seen, retain_graph=True)
+        loss = discriminator_loss(real[1], fake[1])
+        return WithGradient.apply(x_hat, value.detach(), gradient, 1.0), lambda: loss
+
+
+def compare(config: Config, rounds: int) -> dict[str, Any]:
+    """Median seconds of a step of each, over ``rounds`` rounds in which all take turns."""
+    ranks = join()
+    trainer = Trainer(config, ranks, RandomImages(config, ranks.device))  # type: ignore[arg-type]
+    trainer.gs.train()
+    trainer.d.train()
+    position = 0
+
+    def ours() -> None:
+        nonlocal position
+        trainer.step(position)
+        position += config.trainer.global_batch_size
+
+    steps: dict[str, Callable[[], None]] = {
+        "eager NCHW fp32": PlainLoop(config, ranks.device, tuned=False, synthesis=False, shared=False).step,
+        "eager channels_last bf16": PlainLoop(config, ranks.device, tuned=True, synthesis=False, shared=False).step,
+        "our step, no DeepSpeed": PlainLoop(config, ranks.device, tuned=True, synthesis=True, shared=True).step,
+        "ours": ours,
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):  # the first warms up
+        for name, step in steps.items():
+            synchronise(ranks.device)
+            started = time.perf_counter()
+            step()
+            synchronise(ranks.device)
+            if i:
+                times[name].append(time.perf_counter() - started)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    batch = config.trainer.global_batch_size
+    return {
+        "backbone": config.model.backbone,
+        "width": config.model.width,
+        "image_size": config.data.image_size,
+        "batch": batch,
+        "precision": trainer.precision,
+        "images_per_second": {name: batch / value for name, value in seconds.items()},
+        "ours_is_times": {name: value / seconds["ours"] for name, value in seconds.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbones", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    given, settings = parser.parse_known_args()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    os.environ.update(alone)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    results = []
+    for backbone in given.backbones:
+        # The sizes of configs/hazelnut.toml and of configs/mvtec.toml.
+        sizes = ["--model.width", "32", "--model.fpn_width", "64"] if backbone == "resnet18" else []
+        base = ["--model.backbone", backbone, *sizes, "--trainer.global_batch_size", str(given.batch)]
+        config = load_config([*base, "--trainer.deepspeed", "configs/deepspeed/zero0.json", *settings])
+        results.append(result := compare(config, given.rounds))
+        table = Table(
+            "",
+            "images/s",
+            "ours is",
+            title=f"{backbone}, {result['image_size']}², batch {given.batch}",
+            title_justify="left",
+        )
+        for name, rate in result["images_per_second"].items():
+            table.add_row(name, f"{rate:.2f}", f"{result['ours_is_times'][name]:.2f}×")
+        Console().print(table)
+    device = measure_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")).name
+    if given.json:
+        given.json.write_text(json.dumps({"device": device, "versions": code_version(), "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Where the time of a training step goes: ``[deepspeed] launch/profile_step.py [--steps 20] [--json FILE] [--config FILE]
+[--SECTION.FIELD VALUE ...]``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wads_dist.config import Config
+from wads_dist.entry import leave, main
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the measurement, and the rest: the settings of a run."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--steps N] [--json FILE] [--trace FILE] [--config FILE] [--SECTION.FIELD VALUE ...]",
+        description="Times the joint training step of a configuration on noise images: phases, operators, FLOPs by module, "
+        "utilisation, memory. Alone it is one rank; under deepspeed, all of them.",
+        epilog="Settings are those of launch/train.py (see its --help). Exit code 0; 2: the configuration is wrong.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: 20)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE; -: to standard output")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="a Chrome trace of two steps")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
+    given, settings = parser.parse_known_args(argv)
+    if given.steps < 1:
+        parser.error(f"argument --steps: {given.steps} must be at least 1")
+    return given, settings
+
+
+if __name__ == "__main__":
+    given, settings = parse()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+
+    def run(config: Config) -> int:
+        from wads_dist.step_profile import profile_step  # imports DeepSpeed; a misspelled setting is told before
+
+        return profile_step(config, given.steps, config.trainer.threads, given.json, given.trace)
+
+    leave(main(run, settings))
