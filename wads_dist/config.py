@@ -74,6 +74,13 @@ class DataConfig(_Section):
         None,
         description="texture bank made by `python -m shards build --textures DIR`; none: procedural textures",
     )
+    own_textures: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="fraction of the textures that are normal images of the category itself, so that an anomaly may consist of "
+        "what is normal elsewhere",
+    )
     mode: Literal["resident", "streaming"] = Field(
         "resident",
         description="resident: all images stay on the device as uint8; streaming: read at random from local shards, "

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from shards.textures import procedural_textures
 from wads_dist.config import Config, DataConfig
 
 Entry = tuple[ShardEntry, SampleEntry]
+T = TypeVar("T")
 HELD_OUT_AT_LEAST = 4
 HELD_OUT_OF_AT_LEAST = 20  # of fewer images, those few would be missed in training
 
@@ -182,6 +183,18 @@ def texture_bank(location: str | None, cache: Path, size: int, device: torch.dev
     return decode_entries(dataset, name, dataset.manifest(name).samples(), size).to(device)
 
 
+def shares(own: float, bank: int, images: int) -> tuple[int, int]:
+    """How many of a category's ``images`` join a bank of so many textures, and how many of these stay, so that the fraction
+    ``own`` of all are images and none is there twice."""
+    wanted = min(images, bank if own == 1 else max(1, round(bank * own / (1 - own))))
+    return wanted, min(bank, round(wanted * (1 - own) / own))
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of them, evenly."""
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def synthesis_settings(config: Config) -> SynthesisSettings:
     fields = config.synthesis.model_dump()
     return SynthesisSettings(image_size=config.data.image_size, **fields)
@@ -206,6 +219,10 @@ class TrainingData:
         else:
             self.images = StreamedImages(dataset, category, self.entries, size, device, self.seed)
         self.textures = texture_bank(config.data.textures, config.data.cache, size, device)
+        if config.data.own_textures:
+            wanted, kept = shares(config.data.own_textures, len(self.textures), len(self.entries))
+            own = decode_entries(dataset, category, spread(self.entries, wanted), size).to(device)
+            self.textures = torch.cat([self.textures[spread(range(len(self.textures)), kept)], own])
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
         """X, X_a, M of the samples with global indices ``sample`` (int64 [B] on the device)."""

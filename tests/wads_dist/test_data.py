@@ -45,6 +45,24 @@ def test_samples_are_identical_for_one_and_two_ranks_resident_and_streaming(demo
         assert torch.equal(other, pixels), (world_size, mode)
 
 
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+@pytest.mark.parametrize(
+    ("own", "textures", "images"), [(0.0, 64, 0), (0.5, 8, 8), (0.1, 63, 7), (0.95, 0, 8), (1.0, 0, 8)]
+)
+def test_normal_images_among_the_textures(demo_shards: Path, mode: str, own: float, textures: int, images: int) -> None:
+    """Of 64 procedural textures and 8 images, each at most once."""
+    data = TrainingData(
+        config("--data.mode", mode, "--data.own_textures", str(own)), Dataset.open(demo_shards), "demo_biscuit", CPU
+    )
+    normal = TrainingData(config(), Dataset.open(demo_shards), "demo_biscuit", CPU).images.rows(torch.arange(1), None)[
+        0
+    ]
+    from_bank = [any(t.equal(image) for image in normal) for t in data.textures].count(False)
+    assert (from_bank, len(data.textures) - from_bank) == (textures, images)
+    assert len(data.textures.flatten(1).unique(dim=0)) == len(data.textures)
+    assert data.batch(torch.arange(4)).mask.shape == (4, 1, 64, 64)
+
+
 def test_streaming_keeps_a_bounded_number_of_images(demo_shards: Path) -> None:
     data = TrainingData(config("--data.mode", "streaming"), Dataset.open(demo_shards), "demo_biscuit", CPU)
     data.images.cached = 3  # type: ignore[attr-defined]
