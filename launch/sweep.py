@@ -1,5 +1,5 @@
 """Train every run of a grid and its seeds, here or through Slurm: ``python launch/sweep.py --out SWEEP [--grid FIELD=A,B]
-[--seeds N] [--slurm] [--config FILE] [--SECTION.FIELD VALUE ...]``."""
+[--variants FILE] [--seeds N] [--slurm] [--config FILE] [--SECTION.FIELD VALUE ...]``."""
 
 import argparse
 import sys
@@ -33,7 +33,9 @@ def parse(
     if grid:
         add("--grid", action="append", metavar="SECTION.FIELD=A,B,...", help="values of a setting, one run for each; several "
             "--grid multiply. Values that hold commas are separated by semicolons")  # fmt: skip
-    parser.set_defaults(grid=[])
+        add("--variants", type=Path, metavar="FILE", help="TOML file with a table of settings for each of several variants; "
+            "every point of the grid in each of them")  # fmt: skip
+    parser.set_defaults(grid=[], variants=None)
     add("--seeds", type=int, metavar="N", help="N runs for each point of the grid, trainer.seed counting up")
     add("--ranks", type=int, metavar="N", help="processes of a launch (default: one for each GPU)")
     add("--dry-run", action="store_true", help="print the plan (and the job script), and write nothing")

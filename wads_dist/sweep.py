@@ -26,7 +26,7 @@ from wads_dist.config import ConfigError
 from wads_dist.errors import ExitCode
 from wads_dist.record import SUMMARY
 from wads_dist.sweep_launch import POLL_SECONDS, Signals, train
-from wads_dist.sweep_plan import Sweep, add_job, held, load, open_sweep, parse_grid, plan_runs, record
+from wads_dist.sweep_plan import Sweep, add_job, held, load, open_sweep, parse_grid, plan_runs, read_variants, record
 from wads_dist.sweep_report import show, summarise, verdict
 from wads_dist.sweep_watch import Watch
 
@@ -52,6 +52,8 @@ def sweep(
     if given.task is not None:
         return run_task(load(out), given.task)
     console = Console(stderr=given.json)
+    if given.variants:
+        variants = read_variants(given.variants)
     runs = plan_runs(out, arguments, parse_grid(given.grid), given.seeds, build=not given.dry_run, variants=variants)
     options = None
     if given.slurm:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,6 +114,38 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     if problems:
         raise ConfigError(problems)
     return grid
+
+
+def read_variants(path: Path) -> dict[str, dict[str, str]]:
+    """A TOML file with a table for each variant, of the settings that it changes: name → path → value.
+
+    Raises:
+        ConfigError: it cannot be read, or holds anything else.
+    """
+
+    def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value if isinstance(value, str) else json.dumps(value)
+
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError([f"--variants {path}: {error}"]) from None
+    problems = [f"--variants {path}: {n} is no table of settings" for n, v in tables.items() if not isinstance(v, dict)]
+    problems += [f"--variants {path}: {n!r} cannot name a folder" for n in tables if not re.fullmatch(r"[\w.+-]+", n)]
+    if problems or not tables:
+        raise ConfigError(problems or [f"--variants {path}: holds no variant"])
+    variants = {name: dict(flat(table)) for name, table in tables.items()}
+    for name, settings in variants.items():
+        problems += [
+            f"--variants {path}: {name}: {s} cannot be varied within a sweep" for s in settings if s in NOT_IN_GRID
+        ]
+    if problems:
+        raise ConfigError(problems)
+    return variants
 
 
 def plan_runs(

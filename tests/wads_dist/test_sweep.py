@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from wads_dist.leases import METRICS, Owner, Queue
 from wads_dist.slurm import JobOptions, Queued, array_of, job_script
 from wads_dist.status import CategoryStatus
 from wads_dist.sweep import sweep
-from wads_dist.sweep_plan import Run, load, open_sweep, parse_grid, plan_runs, read_record, record
+from wads_dist.sweep_plan import Run, load, open_sweep, parse_grid, plan_runs, read_record, read_variants, record
 from wads_dist.sweep_report import spread, summarise, verdict
 from wads_dist.sweep_watch import Watch, in_queue
 
@@ -71,6 +72,40 @@ def test_all_problems_of_all_runs_are_said_at_once(tmp_path: Path) -> None:
     for part in ("objective.kl.roh: unknown setting; did you mean objective.kl.rho?", "objective.kl.rho: got '7'",
                  "run.dir: --out", "trainer.threads: got '0'"):  # fmt: skip
         assert text.count(part) == 1, text
+
+
+def test_variants_are_tables_of_settings(settings: list[str], tmp_path: Path) -> None:
+    """Dotted keys are nested tables to TOML, quoted ones are not: both are settings."""
+    file = tmp_path / "variants.toml"
+    sparse = 'objective.kl.rho = 0.03\n"trainer.betas" = "0.9,0.999"\nmodel.segmenter_gradient = false'
+    file.write_text(f"[base]\n[sparse]\n{sparse}")
+    variants = read_variants(file)
+    assert variants["base"] == {}
+    runs = {run.name: run for run in plan_runs(tmp_path, settings, {}, None, build=True, variants=variants)}
+    assert list(runs) == ["base", "sparse"]
+    config = runs["sparse"].config
+    assert (config.objective.kl.rho, config.trainer.betas, config.model.segmenter_gradient) == (
+        0.03,
+        (0.9, 0.999),
+        False,
+    )
+    assert runs["base"].settings["objective.kl.rho"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no variant"),
+        ("rho = 0.1", "rho is no table of settings"),
+        ('["a/b"]', "'a/b' cannot name a folder"),
+        ("[a", "variants.toml: "),
+        ("[a.run]\ndir = 'x'", "a: run.dir cannot be varied within a sweep"),
+    ],
+)
+def test_variants_that_make_no_sense_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "variants.toml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_variants(tmp_path / "variants.toml")
 
 
 @pytest.mark.parametrize(
