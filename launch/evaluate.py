@@ -16,4 +16,4 @@ def evaluate(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(evaluate))
+    sys.exit(main(evaluate, resumes=False))

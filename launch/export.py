@@ -1,6 +1,7 @@
 """Export a trained category to ONNX and torch.export: ``python launch/export.py RUN/CATEGORY [--out DIR]``."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("model", type=Path, metavar="RUN/CATEGORY", help="folder of a category that has finished training")
     add("--out", type=Path, metavar="DIR", help="default: RUN/CATEGORY/export")
     add(
-        "--format", choices=(*FILES, "both"), default="both", help="default: both; onnx needs `pip install '.[export]'`"
+        "--format",
+        choices=(*FILES, "both"),
+        default="both",
+        help="default: both; onnx needs `pip install '.[export]'`; the other's file of an earlier export is removed",
     )
     add("--images", type=Path, metavar="DIR", help="images on which the exports are compared with the checkpoint, at most "
         f"{MAX_IMAGES} (default: random ones)")  # fmt: skip
@@ -36,8 +40,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--json", action="store_true", help="print the content of model.json")
     given = parser.parse_args(argv)
-    if not given.tolerance >= 0:
-        parser.error(f"argument --tolerance: {given.tolerance} must be at least 0")
+    if not (math.isfinite(given.tolerance) and given.tolerance >= 0):
+        parser.error(f"argument --tolerance: {given.tolerance} must be finite and at least 0")
     return given
 
 
@@ -45,5 +49,9 @@ if __name__ == "__main__":
     given = parse()
     formats = list(FILES) if given.format == "both" else [given.format]
     sys.exit(
-        main(lambda _: export_command(given.model, given.out, formats, given.images, given.tolerance, given.json), [])
+        main(
+            lambda _: export_command(given.model, given.out, formats, given.images, given.tolerance, given.json),
+            [],
+            resumes=False,
+        )
     )

@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from PIL import Image
+from rich.console import Console
 
 from wads_dist.entry import main
 from wads_dist.predict import OVERLAP, load
@@ -35,17 +38,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("input", nargs="+", metavar="INPUT", help="image, folder (searched recursively) or pattern")
     add("--model", required=True, type=Path, metavar="MODEL", help="RUN/CATEGORY, or an exported model.onnx")
     add("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
-    add("--threshold", type=float, metavar="X", help="score from which an image is anomalous, and probability from which a "
-        "pixel is (default: those saved with the model)")  # fmt: skip
-    add("--pixel-threshold", type=float, metavar="X", help="the same, of pixels alone")
+    add("--threshold", type=float, metavar="X", help="score from which an image is anomalous (default: the one saved with "
+        "the model)")  # fmt: skip
+    add("--pixel-threshold", type=float, metavar="X", help="probability from which a pixel is anomalous (default: "
+        "likewise)")  # fmt: skip
     add("--tile", action="store_true", help="score images larger than a tile in overlapping tiles, for models whose training "
-        "images showed as much as one tile does; without this, images are resized as in training")  # fmt: skip
+        "images showed as much as one tile does; without this, images are resized as in training. The score is that of the "
+        "highest tile: the threshold saved with the model, chosen for whole images, calls far more normal ones anomalous; "
+        "give a --threshold from the scores of tiled normal images")  # fmt: skip
     add("--tile-size", type=int, metavar="SIDE", help="side of a tile in pixels of the image (default: data.image_size of "
         "the training); implies --tile")  # fmt: skip
     add("--overlap", type=float, default=OVERLAP, metavar="F", help="fraction of a tile shared with its neighbours, 0 to 0.9 "
         "(default: %(default)s)")  # fmt: skip
     add("--batch-size", default="auto", metavar="auto|N", help="images at a time (default: auto); halved while they do not "
         "fit into memory")  # fmt: skip
+    add("--max-pixels", type=int, metavar="N", help="skip images of more pixels, before they are decoded (default: Pillow's "
+        "limit, 178 million)")  # fmt: skip
     gpu = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu", gpu.type] if gpu else ["cpu"]
     add("--device", choices=devices, default=devices[-1], help="default: %(default)s")
@@ -60,6 +68,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --batch-size: {given.batch_size!r} must be auto or at least 1")
     if given.tile_size is not None and given.tile_size < 8:
         parser.error(f"argument --tile-size: {given.tile_size} must be at least 8")
+    if given.max_pixels is not None and given.max_pixels < 1:
+        parser.error(f"argument --max-pixels: {given.max_pixels} must be at least 1")
     if given.out.exists() and not given.out.is_dir():
         parser.error(f"argument --out: {given.out} is a file")
     return given
@@ -69,9 +79,18 @@ def predict(given: argparse.Namespace) -> int:
     batch_size = None if given.batch_size == "auto" else int(given.batch_size)
     detector = load(given.model, given.threshold, given.pixel_threshold, batch_size, given.device)
     tile = given.tile_size or (detector.description.image_size if given.tile else None)
+    if tile and given.threshold is None and detector.thresholds.image is not None:
+        text = (
+            "The saved threshold was chosen for whole images; the score of a tiled one is that of its highest tile, so that "
+            "far more normal images are called anomalous. Give a --threshold from the scores of tiled normal images."
+        )
+        Console(stderr=True).print(text, style="yellow", soft_wrap=True)
+    if given.max_pixels:
+        Image.MAX_IMAGE_PIXELS = -(-given.max_pixels // 2)  # Pillow refuses more than twice this
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # which it prints for more than half of the limit
     return predict_command(detector, given.input, given.out, tile, given.overlap, given.json)
 
 
 if __name__ == "__main__":
     given = parse()
-    sys.exit(main(lambda _: predict(given), []))
+    sys.exit(main(lambda _: predict(given), [], resumes=False))

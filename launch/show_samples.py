@@ -43,4 +43,4 @@ if __name__ == "__main__":
 
         return show_samples(config, given.samples, given.out)
 
-    sys.exit(main(show, settings))
+    sys.exit(main(show, settings, resumes=False))

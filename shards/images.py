@@ -19,19 +19,24 @@ from shards.errors import DataError
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
-def load_image(data: bytes) -> Image.Image:
+def load_image(data: bytes, too_large: str = "make it smaller") -> Image.Image:
     """Decode every pixel of an encoded image, in its own mode.
 
+    Args:
+        too_large: what to do about an image of more pixels than Pillow decodes (twice ``Image.MAX_IMAGE_PIXELS``).
+
     Raises:
-        DataError: the data is no image, or ends before the last pixel; the message is a predicate ("is truncated or…")
-            for the caller to put the file's name before.
+        DataError: the data is no image, ends before the last pixel, or is too large; the message is a predicate ("is
+            truncated or…") for the caller to put the file's name before.
     """
     # Another library may have switched this on for the whole process; a half grey image must never pass for a product.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # "Image size (N pixels) exceeds limit of M pixels, could be…"
+        raise DataError(f"is too large: {str(error).partition(',')[0]}; {too_large}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         # Pillow names the buffer, by its address, when it does not know the format.
         why = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"is truncated or unreadable ({why or type(error).__name__}); replace the file") from error

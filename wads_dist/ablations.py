@@ -23,8 +23,9 @@ from shards.source import Dataset
 from wads_dist import paper
 from wads_dist.checkpoint_files import write_text
 from wads_dist.distributed import Ranks
-from wads_dist.evaluate import evaluate, load_model
+from wads_dist.evaluate import MODEL, Part, load_model, score_report
 from wads_dist.lbp import lbp_maps
+from wads_dist.metrics import binary_metrics
 from wads_dist.models import Wads
 from wads_dist.sweep import sweep
 from wads_dist.sweep_plan import Sweep, load
@@ -99,7 +100,8 @@ def lbp_scores(plan: Sweep, console: Console) -> dict[str, dict[str, Any]]:
             if category not in run.missing:
                 console.print(f"{run.name}/{category}: scoring LBP", highlight=False, markup=False)
                 model = LbpModel(load_model(run.folder / category, run.config, ranks.device))
-                metrics.append(evaluate(model, run.config, dataset, category, ranks).metrics)
+                part = Part.of(model, run.config, dataset, category, ranks)
+                metrics.append(score_report(part.pixels[MODEL].result(ranks), binary_metrics(*part.images(ranks))))
     return {
         category: {score: spread([m[score] for m in metrics if m[score] is not None]) for score in SCORES}
         for category, metrics in found.items()

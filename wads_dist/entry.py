@@ -44,8 +44,12 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def main(action: Callable[[Config], int], argv: Sequence[str] | None = None) -> int:
-    """Reads the configuration, calls ``action``, and returns the exit code (README lists them)."""
+def main(action: Callable[[Config], int], argv: Sequence[str] | None = None, *, resumes: bool = True) -> int:
+    """Reads the configuration, calls ``action``, and returns the exit code (README lists them).
+
+    Args:
+        resumes: ``action`` has checkpoints, from which an interrupted command goes on.
+    """
     first = os.environ.get("RANK", "0") == "0"
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way of saying Ctrl-C: children are ended, not left
@@ -54,6 +58,7 @@ def main(action: Callable[[Config], int], argv: Sequence[str] | None = None) -> 
         return action(load_config(argv))
     except EXPLAINED as error:
         if first or isinstance(error, RankLostError):  # the first rank may be the one that is gone
-            text = str(error) or "interrupted; the same command goes on from the last checkpoint"
+            advice = "; the same command goes on from the last checkpoint" if resumes else ""
+            text = str(error) or f"interrupted{advice}"
             Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
         return exit_code(error)

@@ -33,6 +33,12 @@ class ModelWeightsError(WadsError):
     exit_code = ExitCode.BAD_CONFIG
 
 
+class ModelFileError(WadsError):
+    """A trained or exported model's file that is absent, or not one that this version reads."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
 class LaunchError(WadsError):
     """Ranks that cannot form one launch, because another one has their port."""
 

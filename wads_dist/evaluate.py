@@ -1,5 +1,6 @@
 """Scores of a trained model on the test split, its threshold, and what says whether the reconstructor works."""
 
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from kernels.objective import ssim
 from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.checkpoint_files import write_text
-from wads_dist.config import Config
+from wads_dist.config import Config, EvaluationConfig
 from wads_dist.data import TestImages, mean_image
 from wads_dist.distributed import Ranks
-from wads_dist.errors import WadsError
+from wads_dist.errors import ModelFileError
 from wads_dist.metrics import BinaryMetrics, Truth, binary_metrics, image_score
 from wads_dist.models import Wads
+from wads_dist.predict import THRESHOLD, WEIGHTS
 from wads_dist.scoring import (
     Curves,
     PixelResult,
@@ -29,10 +31,9 @@ from wads_dist.scoring import (
     rank_batches,
     summed,
 )
-from wads_dist.thresholds import THRESHOLD, Decisions, Threshold, fit_threshold
+from wads_dist.thresholds import Decisions, Threshold, fit_threshold
 from wads_dist.trivial import DESCRIPTION, trivial_maps
 
-WEIGHTS = "weights.safetensors"
 MODEL = "model"
 KEPT = 256  # more than any category of MVTec AD has; 118 MB at 128 pixels
 PIXEL_METRICS = {
@@ -53,13 +54,15 @@ def save_weights(
     _write(folder, state, metadata | ({"threshold": threshold.to_json()} if threshold else {}))
 
 
-def save_threshold(folder: Path, threshold: Threshold | None) -> None:
+def save_threshold(folder: Path, threshold: Threshold | None, settings: EvaluationConfig | None = None) -> None:
     """Puts the threshold of a category's model beside its weights (``threshold.json``) and into their header; None takes an
-    earlier one away."""
+    earlier one away. ``settings``: those it was chosen with, if they are others than in the header."""
     path = folder / WEIGHTS
     with safe_open(path, "pt") as weights:
         metadata = weights.metadata()
     metadata.pop("threshold", None)
+    if settings:
+        metadata["config"] = trained_config(folder).model_copy(update={"evaluation": settings}).to_toml()
     _write(folder, load_file(path), metadata | ({"threshold": threshold.to_json()} if threshold else {}))
     if threshold:
         write_text(folder / THRESHOLD, threshold.to_json())
@@ -74,22 +77,46 @@ def _write(folder: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> 
     temporary.replace(folder / WEIGHTS)
 
 
+def trained_config(folder: Path) -> Config:
+    """The configuration in the header of a category's weights.
+
+    Raises:
+        ModelFileError: the folder holds no weights, or those of a version with other settings.
+    """
+    path = _weights(folder)
+    try:
+        with safe_open(path, "pt") as weights:
+            return Config.model_validate(tomllib.loads(weights.metadata()["config"]))
+    except Exception as error:
+        raise ModelFileError(
+            f"{path}: its header has no settings that this version of WADS-dist reads ({error}); score it with the version "
+            "that trained it"
+        ) from error
+
+
+def _weights(folder: Path) -> Path:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ModelFileError(
+            f"{path}: no such file; the category has not finished training (run launch/train.py again)"
+        )
+    return path
+
+
 def load_model(folder: Path, config: Config, device: torch.device) -> Wads:
     """The trained network of a category's folder, in evaluation mode.
 
     Raises:
-        WadsError: the folder holds no weights, or weights of another architecture.
+        ModelFileError: the folder holds no weights, or weights of another architecture.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise WadsError(f"{path}: no such file; the category has not finished training (run launch/train.py again)")
+    path = _weights(folder)
     # The weights are about to be replaced: building with random ones needs no download.
     architecture = config.model.model_copy(update={"weights": "random", "freeze_batchnorm": False})
     model = Wads(architecture, config.data.image_size)
     try:
         model.load_state_dict(load_file(path))
     except Exception as error:
-        raise WadsError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
+        raise ModelFileError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
     return model.to(device).eval()
 
 
@@ -154,21 +181,15 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
         )
     threshold, none = fit_threshold(model, config, dataset, category, ranks)
     mean = mean_image(dataset, category, config)
-    part = Part(config, ranks, threshold)
-    chosen = set(kept(total))
-    for batch in rank_batches(total, config.evaluation.batch_size, ranks):
-        test = TestImages.load(dataset, category, config.data, slice(batch.start, batch.stop))
-        part.add(model, test, mean, [i - batch.start for i in batch if i in chosen])
-
-    everywhere = ranks.gather((part.scores, part.anomalous))
-    scores = torch.tensor([score for scores, _ in everywhere for score in scores])
-    anomalous = torch.tensor([label for _, labels in everywhere for label in labels])
+    part = Part.of(model, config, dataset, category, ranks, threshold, mean)
+    scores, anomalous = part.images(ranks)
     pixels = {name: values.result(ranks) for name, values in part.pixels.items()}
     metrics = score_report(pixels[MODEL], binary_metrics(scores, anomalous))
     metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
     test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
     metrics |= {"reconstruction": ranks.gather(health)[0], "test_images": total, "at_threshold": None}
+    metrics["threshold_warning"] = threshold.warning if threshold else None
     if threshold:
         of_images = Decisions()
         of_images.add(scores >= threshold.image, anomalous)
@@ -189,13 +210,34 @@ class Part:
         self.anomalous: list[bool] = []
         self.kept: list[tuple[TestImages, Predictions]] = []
 
-    def add(self, model: Wads, test: TestImages, mean: Tensor, keep: list[int]) -> None:
-        """Scores a batch; ``keep`` are those of its images that pictures are drawn from, ``mean`` the mean training image."""
+    @classmethod
+    def of(
+        cls,
+        model: Wads,
+        config: Config,
+        dataset: Dataset,
+        category: str,
+        ranks: Ranks,
+        threshold: Threshold | None = None,
+        mean: Tensor | None = None,
+    ) -> "Part":
+        """Scores this rank's batches of the test split; ``mean`` as in ``add``."""
+        part, total = cls(config, ranks, threshold), len(dataset.manifest(category).samples("test"))
+        chosen = set(kept(total))
+        for batch in rank_batches(total, config.evaluation.batch_size, ranks):
+            test = TestImages.load(dataset, category, config.data, slice(batch.start, batch.stop))
+            part.add(model, test, mean, [i - batch.start for i in batch if i in chosen])
+        return part
+
+    def add(self, model: Wads, test: TestImages, mean: Tensor | None, keep: list[int]) -> None:
+        """Scores a batch; ``keep`` are those of its images that pictures are drawn from, ``mean`` the mean training image,
+        without which there are no trivial scores."""
         predictions = predict(model, test.images, self.config.batch_size, self.device)
         masked = torch.tensor(test.has_mask)  # a defect without a mask counts for the image metrics only
         truth = Truth.of(test.masks[masked])
         maps = {MODEL: predictions.probability.to(self.device)}
-        maps |= trivial_maps(mean.to(self.device), test.images.to(self.device))
+        if mean is not None:
+            maps |= trivial_maps(mean.to(self.device), test.images.to(self.device))
         for name, values in maps.items():
             self.pixels[name].add(values[masked.to(self.device)], truth)
         if self.threshold:
@@ -205,6 +247,12 @@ class Part:
         self.scores += image_score(predictions.probability, self.config.score_window).tolist()
         self.anomalous += [defect != "good" for defect in test.defects]
         self.kept.append((test.rows(keep), predictions.rows(keep)))
+
+    def images(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """Scores of all ranks' images, and whether each is anomalous. Collective."""
+        everywhere = ranks.gather((self.scores, self.anomalous))
+        scores = torch.tensor([score for scores, _ in everywhere for score in scores])
+        return scores, torch.tensor([label for _, labels in everywhere for label in labels])
 
     def rates_of_pixels(self, ranks: Ranks) -> dict[str, float | None]:
         """What the threshold achieves on the pixels of all ranks. Collective.
@@ -247,8 +295,12 @@ def score_report(pixel: PixelResult, image: BinaryMetrics) -> dict[str, Any]:
 
 
 def trivial_report(each: dict[str, BinaryMetrics]) -> dict[str, Any]:
-    """Each trivial detector's pixel metrics, and the better of them under its name: what a model must beat."""
+    """The pixel metrics of each trivial detector, and the better one of each metric, which a model must beat; ``name`` is that
+    with the better AUROC."""
     names = ("auroc", "ap", "aupro")
     reports = {name: {f"pixel_{key}": getattr(of, PIXEL_METRICS[key]) for key in names} for name, of in each.items()}
     best = max(reports, key=lambda name: reports[name]["pixel_auroc"] or 0.0)
-    return {**reports[best], "name": best, "each": reports}
+    highest = {
+        key: max((of[key] for of in reports.values() if of[key] is not None), default=None) for key in reports[best]
+    }
+    return {**highest, "name": best, "each": reports}

@@ -30,10 +30,10 @@ from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.files import sha256_file, write_atomically
 from wads_dist.entry import REPOSITORY
-from wads_dist.errors import ExitCode, WadsError
+from wads_dist.errors import ExitCode, ModelFileError, WadsError
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
-from wads_dist.predict import DESCRIPTION, WEIGHTS, Description, ModelFileError, load_weights, read_image, stored_image
+from wads_dist.predict import DESCRIPTION, WEIGHTS, Description, load_weights, read_image, stored_image
 from wads_dist.predict_files import find_images
 
 TOLERANCE = 1e-4
@@ -66,6 +66,7 @@ def export(
     folder: Path, out: Path, formats: Sequence[str], images: Path | None = None, tolerance: float = TOLERANCE
 ) -> dict[str, Any]:
     """Exports RUN/CATEGORY to ``out``; returns what ``model.json`` holds. Nothing is published if a format does not agree.
+    A format that an earlier export left there is removed: it may be of other weights.
 
     Args:
         formats: of "onnx" and "torch".
@@ -118,8 +119,11 @@ def export(
             "agrees": agrees,
         }
         if agrees:
-            for name in formats:
-                os.replace(Path(temporary) / FILES[name], out / FILES[name])
+            for name, file in FILES.items():
+                if name in formats:
+                    os.replace(Path(temporary) / file, out / file)
+                else:
+                    (out / file).unlink(missing_ok=True)
             write_atomically(out / MODEL_JSON, json.dumps(content, indent=1) + "\n")
         else:
             # Tells a network that rounding alone moves so much from an export that is wrong.

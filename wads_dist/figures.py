@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from wads_dist.checkpoint_files import write_text
 from wads_dist.evaluate import Evaluation
 from wads_dist.metrics import binary_metrics, image_score
+from wads_dist.predict import heat_colours
 from wads_dist.report_data import EXAMPLES, EXAMPLES_FILE
 
 COLUMNS = ("input", "reconstruction", "ground truth", "prediction")
@@ -73,10 +74,11 @@ def save_samples(path: Path, category: str, evaluation: Evaluation, count: int =
 def save_examples(folder: Path, category: str, evaluation: Evaluation, window: int = 15, each: int = 2) -> None:
     """Writes ``folder``/examples/: tiles of the best, median and worst test images, and last ``examples.json``.
 
-    Images with a defect and a mask are ranked by their own average precision, normal ones by their image score (the lowest is
-    the best). An example has ``key``, ``defect``, ``rank``, ``place`` of ``of``, ``score`` (of the image), ``ap`` and ``iou``
-    of its pixels (None for normal images), and ``tiles``: the names of the files of input, reconstruction, truth, heat (the
-    probability from 0 to 1) and mask (the probability at the model's threshold; at 0.5 if it has none).
+    Images with a defect and a mask are ranked by their own average precision; where no defect has a mask, those with a defect
+    by their image score, and normal ones always (the lowest is the best). An example has ``key``, ``defect``, ``rank``,
+    ``place`` of ``of``, ``score`` (of the image), ``ap`` and ``iou`` of its pixels (None without a mask), and ``tiles``: the
+    names of the files of input, reconstruction, truth (if it is known), heat (the probability from 0 to 1) and mask (the
+    probability at the model's threshold; at 0.5 if it has none).
 
     Args:
         folder: the category's.
@@ -87,12 +89,12 @@ def save_examples(folder: Path, category: str, evaluation: Evaluation, window: i
     threshold = evaluation.threshold.pixel if evaluation.threshold else 0.5
     scores = image_score(probability, window).tolist()
     normal = [i for i, defect in enumerate(test.defects) if defect == "good"]
-    marked = [
-        i for i, defect in enumerate(test.defects) if defect != "good" and test.has_mask[i] and test.masks[i].any()
-    ]
+    defects = [i for i, defect in enumerate(test.defects) if defect != "good"]
+    marked = [i for i in defects if test.has_mask[i] and test.masks[i].any()]
     ap = {i: binary_metrics(probability[i], test.masks[i]).average_precision or 0.0 for i in marked}
-    by_precision, by_score = sorted(marked, key=lambda i: -ap[i]), sorted(normal, key=lambda i: scores[i])
-    chosen = [(i, rank, by_precision) for rank, of in ranked(by_precision, each).items() for i in of]
+    by_success = sorted(marked or defects, key=lambda i: -ap.get(i, scores[i]))
+    by_score = sorted(normal, key=lambda i: scores[i])
+    chosen = [(i, rank, by_success) for rank, of in ranked(by_success, each).items() for i in of]
     chosen += [(i, rank, by_score) for rank, of in ranked(by_score, 1).items() if rank != "best" for i in of]
 
     out = folder / EXAMPLES
@@ -129,12 +131,13 @@ def ranked(order: Sequence[int], each: int) -> dict[str, list[int]]:
 
 
 def _pictures(evaluation: Evaluation, i: int, predicted: Tensor) -> dict[str, Image.Image]:
-    heat = matplotlib.colormaps["inferno"](evaluation.predictions.probability[i].numpy())[..., :3]
+    test = evaluation.test
+    truth = {"truth": Image.fromarray(test.masks[i].numpy())} if test.has_mask[i] else {}
     return {
-        "input": _photo(evaluation.test.images[i]),
+        "input": _photo(test.images[i]),
         "reconstruction": _photo(evaluation.predictions.reconstruction[i]),
-        "truth": Image.fromarray(evaluation.test.masks[i].numpy()),
-        "heat": Image.fromarray((heat * 255).astype(np.uint8)),
+        **truth,
+        "heat": Image.fromarray(heat_colours(evaluation.predictions.probability[i].numpy())),
         "mask": Image.fromarray(predicted.numpy()),
     }
 

@@ -72,7 +72,15 @@ class ScoreHistogram:
             self.counts[:2] += torch.bincount(index, minlength=2 * bins).view(2, bins).cpu()
         index = bin_of(scores.flatten()[labels], bins).cpu()
         self.counts[2].index_add_(0, index, 2**_SHARE_BITS // truth.sizes.long())
-        self.components += truth.components
+        self.count_components(truth.components)
+
+    def count_components(self, more: int) -> None:
+        """Counts connected components, of this rank or of another.
+
+        Raises:
+            ValueError: they are so many that the sums of their shares may exceed 64 bits.
+        """
+        self.components += more
         if self.components > _MOST_COMPONENTS:
             raise ValueError(
                 f"more than {_MOST_COMPONENTS:,} connected components: their shares can no longer be added"

@@ -17,15 +17,10 @@ class History:
     steps: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     resumes: list[int] = field(default_factory=list)
-    began: float | None = None
-    """Time of the first event (unix)."""
-    ended: float | None = None
 
     def add(self, event: dict[str, Any]) -> None:
         """Takes in the next line of the file."""
-        time, kind, step = event.get("time"), event.get("event"), event.get("step")
-        if isinstance(time, int | float):
-            self.began, self.ended = time if self.began is None else self.began, time
+        kind, step = event.get("event"), event.get("step")
         if kind not in ("start", "resume", "step", "rejected") or not isinstance(step, int):
             return
         if kind in ("start", "resume"):

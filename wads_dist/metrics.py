@@ -190,7 +190,7 @@ def map_metrics(scores: Tensor, masks: Tensor) -> BinaryMetrics:
 def rank(scores: Tensor, labels: Tensor, truth: Truth | None = None) -> Ranked:
     """Sorts and counts; arguments and errors as of ``binary_metrics``. ``truth`` is that of maps, for AUPRO."""
     anomalous, normal = split(scores, labels)
-    anomalous, order = descending(anomalous)
+    anomalous, order = anomalous.sort(descending=True, stable=True)
     above, at_least = count_normal(anomalous, normal).cpu().numpy()
     sizes = truth.sizes.numpy().astype(np.int64)[order.cpu().numpy()] if truth else None
     return Ranked(anomalous.cpu().numpy(), above, at_least, len(normal), sizes, truth.components if truth else 0)
@@ -210,12 +210,6 @@ def split(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return scores[labels], scores[~labels]
     given, truth = scores.detach().numpy(), labels.numpy()  # whose selection is six times as fast as torch's
     return torch.from_numpy(given[truth]), torch.from_numpy(given[~truth])
-
-
-def descending(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """``scores`` [P] from the highest on, and where each of them was."""
-    values, order = scores.sort(descending=True, stable=True)
-    return values, order
 
 
 def count_normal(anomalous: Tensor, normal: Tensor) -> Tensor:
@@ -270,13 +264,13 @@ def image_score(probability: Tensor, window: int) -> Tensor:
 def curves(vertices: Vertices) -> dict[str, dict[str, list[float]]]:
     """ROC, precision-recall and (where there are components) PRO, each of at most ``CURVE_POINTS`` points, to be drawn.
 
-    All points lie on the exact curve, its two ends among them. The line through them is nowhere farther than 1e-3 from the
-    exact one, unless that takes more points (a precision that jumps up and down all the way).
+    All points are vertices, the two ends among them. The line through them is nowhere farther than 1e-3 from that through all
+    vertices, unless that takes more points (a precision that jumps up and down all the way).
     """
     false, true = vertices.false_positives, vertices.true_positives
     fpr, recall = false / false[-1], true / true[-1]
-    precision = true / np.maximum(true + false, 1)
-    precision[0] = 1.0  # nothing is predicted: scikit-learn's convention
+    # Where nothing is predicted it is 1: scikit-learn's convention.
+    precision = np.where(true + false > 0, true / np.maximum(true + false, 1), 1.0)
     drawn = {"roc": {"fpr": fpr, "tpr": recall}, "pr": {"recall": recall, "precision": precision}}
     if vertices.overlap is not None:
         drawn["pro"] = {"fpr": fpr, "pro": vertices.overlap}

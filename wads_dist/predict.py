@@ -10,6 +10,7 @@ are those of the evaluation. Imports no DeepSpeed, which may print to standard o
 """
 
 import json
+import math
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,13 +25,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from safetensors import safe_open
+from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.images import load_image, to_rgb
 from wads_dist.config import DataConfig, EvaluationConfig, ModelConfig
-from wads_dist.errors import ExitCode, WadsError
+from wads_dist.errors import ModelFileError, WadsError
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
 from wads_dist.tiles import Floats, score_in_tiles
@@ -39,20 +41,15 @@ WEIGHTS, THRESHOLD = "weights.safetensors", "threshold.json"
 DESCRIPTION = "wads"  # key of the description in the metadata of an exported model
 OVERLAP = 0.25
 OUTLINE = (0, 255, 255)
+TOO_LARGE = "make it smaller, or allow it with --max-pixels (in Python: PIL.Image.MAX_IMAGE_PIXELS)"
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
 """float32 [N, 3, H, H] in [0, 1] -> anomaly probability [N, H, H], image score [N]; all float32 on the CPU."""
 
 
-class ModelFileError(WadsError):
-    """A model's file that is absent, or not one that this version reads."""
-
-    exit_code = ExitCode.BAD_CONFIG
-
-
 @dataclass(frozen=True)
 class Description:
-    """What must be known beside the weights. ``threshold`` is the content of ``threshold.json``, if the model has one."""
+    """What must be known beside the weights. ``threshold``: what ``threshold.json`` holds, if the model has one."""
 
     category: str
     image_size: int
@@ -106,21 +103,13 @@ class Result:
 
     @cached_property
     def heat_map(self) -> Image.Image:
-        """Probability 0 to 1 in matplotlib's colours "inferno"."""
-        import matplotlib  # scores alone need none of it
-
-        colours = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
-        return Image.fromarray(np.take(colours, self._levels(255), axis=0))
+        return Image.fromarray(heat_colours(self.probability))
 
     def overlay(self) -> Image.Image:
         """The image under its heat map, the more opaque the higher the probability, with the mask's outline."""
-        blended = Image.composite(self.heat_map, self.image, Image.fromarray(self._levels(130)))
+        blended = Image.composite(self.heat_map, self.image, Image.fromarray(_levels(self.probability, 130)))
         if (mask := self.mask) is not None:
-            line, inner = max(1, max(mask.shape) // 200), mask.copy()
-            inner[line:] &= mask[:-line]
-            inner[:-line] &= mask[line:]
-            inner[:, line:] &= mask[:, :-line]
-            inner[:, :-line] &= mask[:, line:]
+            inner = binary_erosion(mask, iterations=max(1, max(mask.shape) // 200), border_value=1)
             blended.paste(OUTLINE, mask=Image.fromarray(mask & ~inner))
         return blended
 
@@ -145,8 +134,17 @@ class Result:
         figure.suptitle(f"score {self.score:.3f} ({decision})")
         figure.savefig(path, dpi=100)
 
-    def _levels(self, top: int) -> NDArray[np.uint8]:
-        return np.rint(self.probability * top).astype(np.uint8)
+
+def heat_colours(probability: Floats) -> NDArray[np.uint8]:
+    """[...] in [0, 1] -> RGB [..., 3], matplotlib's colours "inferno"."""
+    import matplotlib  # scores alone need none of it
+
+    colours = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
+    return np.take(colours, _levels(probability, 255), axis=0)
+
+
+def _levels(probability: Floats, top: int) -> NDArray[np.uint8]:
+    return np.rint(probability * top).astype(np.uint8)
 
 
 @dataclass
@@ -164,7 +162,8 @@ class Detector:
         Args:
             tile: None: the whole image is resized to the network's input, as in training. Else an image with a longer side
                 is scored in tiles of so many pixels a side, each resized in the same way, and its score is that of its
-                highest tile; right for models whose training images showed as much as such a tile.
+                highest tile; right for models whose training images showed as much as such a tile. The image threshold
+                saved with a model is one of whole images: of many tiles of a normal image, one reaches it far more often.
             overlap: fraction of a tile, 0 to below 1, that neighbouring tiles share at least.
 
         Raises:
@@ -224,7 +223,7 @@ def read_image(source: str | Path | Image.Image) -> Image.Image:
         DataError: no image, or a damaged one; names it.
     """
     try:
-        image = source if isinstance(source, Image.Image) else load_image(_read(Path(source)))
+        image = source if isinstance(source, Image.Image) else load_image(_read(Path(source)), TOO_LARGE)
         rgb = to_rgb(image)
     except DataError as error:
         raise DataError(f"{source} {error}") from error
@@ -276,8 +275,8 @@ def load(
     """The detector of RUN/CATEGORY (or its ``weights.safetensors``), or of an exported ``model.onnx``.
 
     Args:
-        threshold: score from which an image is anomalous, and, unless ``pixel_threshold`` is given, the probability from
-            which a pixel is; None: the thresholds saved with the model, if it has any.
+        threshold: score from which an image is anomalous; None: the one saved with the model, if it has any.
+        pixel_threshold: probability from which a pixel is; None: likewise, whatever ``threshold`` is.
         batch_size: images at a time; None: as many as usually fit, fewer if they do not.
         device: None: a GPU if there is one.
 
@@ -291,18 +290,26 @@ def load(
     else:
         wads, description, _ = load_weights(path)
         network = torch_network(wads, description.score_window, where)
-    if threshold is not None or pixel_threshold is not None:
-        thresholds = Thresholds(threshold, threshold if pixel_threshold is None else pixel_threshold, "given")
-    elif saved := description.threshold:
-        thresholds = Thresholds(saved.get("image"), saved.get("pixel"), f"saved with the model: {saved.get('source')}")
-    else:
-        thresholds = Thresholds(None, None, "none: the model has no threshold")
+    thresholds = resolve_thresholds(threshold, pixel_threshold, description.threshold)
     usual = (32 if where.type == "cpu" else 256) * 128**2 // description.image_size**2
     return Detector(network, description, thresholds, batch_size or max(1, usual))
 
 
+def resolve_thresholds(image: float | None, pixel: float | None, saved: dict[str, Any] | None) -> Thresholds:
+    """Those given, and for each that is not (None), the saved one."""
+    of_model = f"saved with the model: {saved.get('source')}" if saved else "none: the model has no threshold"
+    sources = [of_model if given is None else "given" for given in (image, pixel)]
+    source = sources[0] if sources[0] == sources[1] else f"image {sources[0]}; pixel {sources[1]}"
+    saved = saved or {}
+    return Thresholds(
+        saved.get("image") if image is None else image, saved.get("pixel") if pixel is None else pixel, source
+    )
+
+
 def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
     """The network of a category's folder or weights (evaluation mode, CPU), its description, and the file's header.
+
+    The threshold is that of ``threshold.json`` beside the weights, which a person may have edited, else the header's.
 
     Raises:
         ModelFileError: no such file, or one without what this version needs.
@@ -323,14 +330,26 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
         with torch.device("meta"):
             model = Wads(architecture, data.image_size)
         model.load_state_dict(state, assign=True)
-        beside = path.with_name(THRESHOLD)
-        threshold = json.loads(header.get("threshold") or (beside.read_text() if beside.is_file() else "null"))
+        threshold = json.loads(header.get("threshold", "null"))
     except Exception as error:
         raise ModelFileError(
             f"{path}: not weights that this version of WADS-dist has written ({type(error).__name__}: {error})"
         ) from error
+    if (beside := path.with_name(THRESHOLD)).is_file():
+        threshold = _read_threshold(beside, threshold)
     sizes = data.image_size, data.store_size, evaluation.score_window
     return model.eval(), Description(header["category"], *sizes, threshold), header
+
+
+def _read_threshold(path: Path, of_training: dict[str, Any] | None) -> dict[str, Any]:
+    try:
+        threshold: dict[str, Any] = json.loads(path.read_text())
+        if not all(math.isfinite(threshold[name]) for name in ("image", "pixel")):
+            raise ValueError("not finite")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        advice = "correct it, or remove it to have those of the training"
+        raise ModelFileError(f"{path}: holds no thresholds ({type(error).__name__}: {error}); {advice}") from error
+    return threshold if threshold == of_training else threshold | {"source": f"{path}, edited"}
 
 
 def torch_network(model: Wads, window: int, device: torch.device) -> Network:

@@ -5,6 +5,7 @@ what was finished when a run is broken off is there and listed. A file that cann
 """
 
 import csv
+import errno
 import glob
 import json
 import os
@@ -29,12 +30,14 @@ from shards.layout import IMAGE_SUFFIXES
 from wads_dist.errors import ExitCode, WadsError
 from wads_dist.predict import Detector, Result, read_image, stored_image
 
-# Decoded pixels that wait for the network or the disk at a time: photographs of 100 megapixels come one by one.
+# Decoded pixels (but for the last image's) that wait for the network at a time: read ahead, and of the batch being gathered,
+# which has half of them at most. As much as a batch more is being scored, and as much being written.
 MAX_PIXELS = 64_000_000
 COLUMNS = (
     *("path", "width", "height", "score", "decision", "threshold", "pixel_threshold", "threshold_source"),
     *("anomalous_area", "box", "pictures", "problem"),
 )
+SUFFIXES = IMAGE_SUFFIXES | {".webp"}  # of images in folders; training does without the latter
 Row = dict[str, Any]
 
 
@@ -70,16 +73,20 @@ class Prediction:
 def find_images(inputs: Sequence[str], out: Path | None = None) -> list[Item]:
     """The files that ``inputs`` (folders, searched recursively; files; patterns) name, each once, and what is wrong.
 
-    In folders and patterns files count by their suffix; what is inside ``out`` never does. Pictures are named after the
-    files' paths below the folder that holds them all, so that namesakes in different folders do not meet.
+    In folders and patterns files count by their suffix; what is inside ``out`` never does, because it may be a picture of
+    an earlier prediction. Pictures are named after the files' paths below the folder that holds them all, so that namesakes
+    in different folders do not meet.
     """
     found: dict[str, Item] = {}
     roots: list[str] = []
     named: list[str] = []  # by the current input
+    inside: list[str] = []  # of ``out``, likewise
 
     def add(path: str, problem: str | None = None) -> None:
         absolute = os.path.abspath(path)
-        if out is None or not Path(absolute).is_relative_to(os.path.abspath(out)):
+        if out is not None and Path(absolute).is_relative_to(os.path.abspath(out)):
+            inside.append(absolute)
+        else:
             found.setdefault(absolute, Item(path, problem=problem))
             named.append(absolute)
 
@@ -98,6 +105,7 @@ def find_images(inputs: Sequence[str], out: Path | None = None) -> list[Item]:
 
     for given in inputs:
         named.clear()
+        inside.clear()
         # A file's own name may hold what would make it a pattern.
         for match in [given] if os.path.lexists(given) else sorted(glob.glob(given, recursive=True)):
             if os.path.isdir(match):
@@ -107,8 +115,10 @@ def find_images(inputs: Sequence[str], out: Path | None = None) -> list[Item]:
                 roots.append(os.path.dirname(os.path.abspath(match)))
                 add(match)
         if not named:
-            problem = "holds no image" if os.path.isdir(given) else "matches no image"
-            found.setdefault(os.path.abspath(given), Item(given, problem=f"{problem}; give images, or folders of them"))
+            problem = f"{'holds' if os.path.isdir(given) else 'matches'} no image; give images, or folders of them"
+            if inside:
+                problem = f"lies inside --out ({out}), where nothing is scored; give another --out"
+            found.setdefault(os.path.abspath(given), Item(given, problem=problem))
     base = os.path.commonpath(roots) if roots else ""
     for absolute, item in found.items():
         item.name = os.path.relpath(absolute, base or None)
@@ -117,7 +127,7 @@ def find_images(inputs: Sequence[str], out: Path | None = None) -> list[Item]:
 
 def _is_image_name(path: str) -> bool:
     name = Path(path)
-    return name.suffix.lower() in IMAGE_SUFFIXES and not name.name.startswith(".")
+    return name.suffix.lower() in SUFFIXES and not name.name.startswith(".")
 
 
 @contextmanager
@@ -197,7 +207,7 @@ def predict_files(
 def _batches(
     pool: ThreadPoolExecutor, detector: Detector, items: Iterable[Item], tile: int | None
 ) -> Iterator[list[Item]]:
-    """Files in order, decoded ahead by the pool; at most a batch and (but for the last image) MAX_PIXELS at a time."""
+    """Files in order, decoded ahead by the pool: a file a core and MAX_PIXELS at most, but for the last image."""
 
     def read(item: Item) -> Item:
         try:
@@ -209,20 +219,33 @@ def _batches(
             item.problem = str(error).removeprefix(f"{item.path} ")
         return item
 
-    ahead: deque[Future[Item]] = deque()
+    ahead: deque[tuple[int, Future[Item]]] = deque()
     batch: list[Item] = []
-    left = iter(items)
-    while True:
-        while len(ahead) <= (os.cpu_count() or 1) and (item := next(left, None)) is not None:
-            ahead.append(pool.submit(read, item))
-        if ahead:
-            batch.append(ahead.popleft().result())
-        pixels = sum(item.image.width * item.image.height for item in batch if item.image is not None)
-        if batch and (not ahead or len(batch) >= detector.batch_size or pixels >= MAX_PIXELS):
+    pixels = waiting = 0  # of the batch; of the batch and ahead
+    left = deque(items)
+    while left or ahead:
+        while left and len(ahead) <= (os.cpu_count() or 1) and waiting < MAX_PIXELS:
+            item = left.popleft()
+            size = _pixels(item)
+            ahead.append((size, pool.submit(read, item)))
+            waiting += size
+        # Never empty: with ``left``, the batch alone would have MAX_PIXELS, and would be gone.
+        size, future = ahead.popleft()
+        batch.append(future.result())
+        pixels += size
+        # Half, so that the other half is decoded while this one is scored.
+        if not (left or ahead) or len(batch) >= detector.batch_size or pixels >= MAX_PIXELS / 2:
             yield batch
-            batch = []
-        if not ahead:
-            return
+            waiting -= pixels
+            batch, pixels = [], 0
+
+
+def _pixels(item: Item) -> int:
+    """As the file's header has it; 0 of what is no image."""
+    if item.problem is None and os.path.isfile(item.path):  # a pipe would be waited for
+        with suppress(Exception), Image.open(item.path) as image:
+            return image.width * image.height
+    return 0
 
 
 def _score(detector: Detector, batch: Sequence[Item], tile: int | None, overlap: float) -> None:
@@ -241,8 +264,14 @@ def _write(item: Item, out: Path) -> Row:
     row: Row = dict.fromkeys(COLUMNS) | {"path": item.path, "problem": item.problem}
     if (result := item.result) is None:
         return row
-    for kind, picture in result.pictures().items():
-        save_png(picture, out / f"{item.name}.{kind}.png", result.image.info.get("exif"))
+    try:
+        # The longest name first: if it is too long, nothing has been written.
+        for kind, picture in sorted(result.pictures().items(), key=lambda pair: -len(pair[0])):
+            save_png(picture, out / f"{item.name}.{kind}.png", result.image.info.get("exif"))
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return row | {"problem": "its name is too long for those of its pictures; make it shorter"}
     thresholds, (width, height) = result.thresholds, result.image.size
     return row | {
         "width": width,
@@ -280,9 +309,13 @@ def predict_command(
         WadsError: the results cannot be written, or the model gives numbers that are not finite.
     """
     console, asked = Console(stderr=True), detector.batch_size
-    if detector.thresholds.image is None:
-        text = "The model has no threshold: scores come without a decision. Give --threshold to decide."
-        console.print(text, style="yellow", soft_wrap=True)
+    for threshold, of, without, option in (
+        (detector.thresholds.image, "images", "a decision", "--threshold"),
+        (detector.thresholds.pixel, "pixels", "a mask", "--pixel-threshold"),
+    ):
+        if threshold is None:
+            text = f"The model has no threshold for {of}: results come without {without}. Give {option} to have one."
+            console.print(text, style="yellow", soft_wrap=True)
     items = find_images(inputs, out)
     try:
         prediction = predict_files(detector, items, out, tile, overlap, console)

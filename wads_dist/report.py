@@ -23,6 +23,8 @@ from wads_dist.checkpoint_files import write_text
 from wads_dist.leases import METRICS
 from wads_dist.report_data import (
     EXAMPLES,
+    IMAGE_SCORES,
+    PIXEL_SCORES,
     SCORES,
     Category,
     Mean,
@@ -86,27 +88,42 @@ def anchors(record: RunRecord) -> list[str]:
     return [f"category-{position}" for position in range(1, len(record.categories) + 1)]
 
 
-def score_table(record: RunRecord) -> Table:
-    """A row a category, then the means. A score below the trivial one is marked."""
-    columns = ["category", *SCORES.values()]
-    if record.has_paper:
+def score_table(record: RunRecord, scores: dict[str, str]) -> Table:
+    """A row a category, then the means; pixel AUROC, the first of its table, has the paper's beside it."""
+    first = next(iter(scores))
+    columns, has_paper = ["category", *scores.values()], record.has_paper and first == "pixel_auroc"
+    if has_paper:
         columns.insert(2, "paper")
 
     def row(name: Cell, of: Category | Mean) -> list[Cell]:
-        cells = [Cell(show(of.score(path))) for path in SCORES]
-        auroc, trivial = of.score("pixel_auroc"), of.score("trivial.pixel_auroc")
-        if auroc is not None and trivial is not None and auroc < trivial:
-            cells[0] = Cell(f"{show(auroc)} ▼", "below")
-        return [name, cells[0], *([Cell(show(of.paper))] if record.has_paper else []), *cells[1:]]
+        cells = [score_cell(of, path, first) for path in scores]
+        return [name, cells[0], *([Cell(show(of.paper))] if has_paper else []), *cells[1:]]
 
     rows = []
     for c, anchor in zip(record.categories, anchors(record), strict=True):
         name = c.name if c.done else f"{c.name} ({c.status.state})"
         rows.append((row(Cell(name, href=f"#{anchor}"), c), "" if c.done else "open"))
     for mean in record.means if len(record.categories) > 1 else ():
-        count = "" if len(mean.categories) == mean.of else f" ({len(mean.categories)} of {mean.of})"
+        over = len(mean.having(first))
+        count = "" if over == mean.of else f" ({over} of {mean.of})"
         rows.append((row(Cell(f"mean, {mean.name}{count}"), mean), "mean"))
     return Table(columns, rows)
+
+
+def score_cell(of: Category | Mean, path: str, first: str) -> Cell:
+    """A score that does not beat the trivial one is marked. A mean over fewer or more categories than that of ``first``, which
+    the row's name counts, has their number."""
+    value, trivial, text = of.score(path), of.score(f"trivial.{path}"), show_score(of, path)
+    if isinstance(of, Mean) and (over := len(of.having(path))) != len(of.having(first)):
+        text += f" ({over})"
+    below = value is not None and trivial is not None and value <= trivial
+    return Cell(f"{text} ▼", "below") if below else Cell(text)
+
+
+def show_score(of: Category | Mean, path: str) -> str:
+    """With how far the exact score may be from it, if that shows in three digits."""
+    margin = of.margin(path)
+    return show(of.score(path)) + (f" ± {show(margin)}" if margin >= 0.0005 else "")
 
 
 def category_table(categories: Sequence[Category], columns: dict[str, Callable[[Category], str]]) -> Table:
@@ -169,14 +186,19 @@ def _hosts(launch: dict[str, Any]) -> list[str]:
 def headline(record: RunRecord) -> list[tuple[str, str, str]]:
     """Label, value and remark of the numbers that a reader wants first."""
     mean = record.means[-1]
-    beside = [f"trivial {show(mean.score('trivial.pixel_auroc'))}"]
+
+    def over(path: str) -> str:
+        having, (_, _, margin) = mean.having(path), show_score(mean, path).partition(" ± ")
+        text = having[0].name if len(having) == 1 else f"mean of {len(having)}"
+        return f"± {margin}, {text}" if margin else text
+
+    beside = [over("pixel_auroc"), f"trivial {show(mean.score('trivial.pixel_auroc'))}"]
     if mean.paper is not None:
         beside.append(f"paper {show(mean.paper)}")
-    over = mean.categories[0].name if len(mean.categories) == 1 else f"mean of {len(mean.categories)}"
     seconds = [(c.score("seconds") or 0.0, c.score("world_size") or 1) for c in record.done]
     return [
         ("pixel AUROC", show(mean.score("pixel_auroc")), ", ".join(beside)),
-        *((SCORES[path], show(mean.score(path)), over) for path in ("pixel_ap", "pixel_aupro", "image_auroc")),
+        *((SCORES[path], show(mean.score(path)), over(path)) for path in ("pixel_ap", "pixel_aupro", "image_auroc")),
         ("categories", f"{len(record.done)} of {len(record.categories)}", "done"),
         ("training", duration(sum(s for s, _ in seconds)), f"{sum(s * n for s, n in seconds) / 3600:,.1f} rank-hours"),
     ]
@@ -258,8 +280,9 @@ def _tiles(folder: Path, entry: dict[str, Any]) -> Iterator[tuple[str, Markup]]:
 def caption(entry: dict[str, Any]) -> tuple[str, str]:
     """What an example is, and its numbers."""
     place, of, rank = number(entry, "place"), number(entry, "of"), entry.get("rank", "?")
-    kind = "normal images" if entry.get("defect") == "good" else "defects"
-    scores = {"AP": number(entry, "ap"), "IoU": number(entry, "iou"), "score": number(entry, "score")}
+    normal, ap = entry.get("defect") == "good", number(entry, "ap")
+    kind = "normal images" if normal else "defects" if ap is not None else "defects without a mask"
+    scores = {"AP": ap, "IoU": number(entry, "iou"), "score": number(entry, "score")}
     told = [f"{name} {value:.2f}" for name, value in scores.items() if value is not None]
     position = f"{rank}: {place:.0f} of {of:.0f} {kind}" if place and of else f"{rank} of the {kind}"
     return position, ", ".join([str(entry.get("key", "?")), *told])
@@ -279,13 +302,15 @@ def facts(c: Category) -> Iterator[str]:
     if c.threshold:
         count = number(c.threshold, "images")
         yield f"Thresholds from {f'{count:,.0f} ' if count else ''}{c.threshold.get('source', 'an unknown source')}."
+        if warning := c.threshold.get("warning"):
+            yield str(warning)
     elif reason := status.metrics.get("no_threshold"):
         yield f"No threshold: {reason}."
     undefined = status.metrics.get("undefined")
     for kind, reason in undefined.items() if isinstance(undefined, dict) else ():
         yield f"Scores of {kind}s are not defined: {reason}."
     if "bounds" in status.metrics:
-        yield "Pixels were counted in a histogram: their scores are the middles of bounds, which metrics.json has."
+        yield "Pixels were counted in a histogram: exact scores lie within bounds, whose middles are shown (±: half as wide)."
     for attempt in c.attempts:
         if attempt.end and attempt.end.code:
             host = f" on {attempt.claim.host}" if attempt.claim else ""
@@ -309,7 +334,7 @@ def render(record: RunRecord) -> str:
         {
             "anchor": anchor,
             "name": c.name,
-            "auroc": show(c.score("pixel_auroc")),
+            "auroc": show_score(c, "pixel_auroc"),
             "facts": list(facts(c)),
             "pictures": pictures(c, allowance),
             "charts": [(chart, Markup(chart.svg())) for chart in charts(c)],
@@ -323,7 +348,7 @@ def render(record: RunRecord) -> str:
         complete=record.status.complete,
         headline=headline(record),
         missing=list(missing(record)),
-        scores=score_table(record),
+        scores=[score_table(record, PIXEL_SCORES), score_table(record, IMAGE_SCORES)],
         paper=paper,
         has_paper=record.has_paper,
         paper_known=any(value is not None for value in paper.PIXEL_AUROC.values()),

@@ -19,15 +19,17 @@ from wads_dist.status import CategoryStatus, RunStatus, launches, read_status
 
 EXAMPLES, EXAMPLES_FILE = "examples", "examples.json"
 FILES = ("config.toml", "deepspeed.json", "code.json")
-SCORES = {
+PIXEL_SCORES = {
     "pixel_auroc": "pixel AUROC",
     "trivial.pixel_auroc": "trivial AUROC",
     "pixel_ap": "pixel AP",
+    "trivial.pixel_ap": "trivial AP",
     "pixel_aupro": "AUPRO",
     "pixel_f1_max": "F1-max",
     "pixel_iou_max": "IoU-max",
-    "image_auroc": "image AUROC",
 }
+IMAGE_SCORES = {"image_auroc": "image AUROC", "image_ap": "image AP", "image_f1_max": "image F1-max"}
+SCORES = PIXEL_SCORES | IMAGE_SCORES
 
 
 def lookup(tree: Any, path: str) -> Any:
@@ -77,8 +79,18 @@ class Category:
         return paper.pixel_auroc([self.name])
 
     def score(self, path: str) -> float | None:
-        """A number of ``metrics.json``."""
-        return number(self.status.metrics, path)
+        """A number of ``metrics.json``; a trivial one is that of the detector that is better at it."""
+        group, _, metric = path.partition(".")
+        each = lookup(self.status.metrics, "trivial.each") if group == "trivial" else None
+        known = [number(of, metric) for of in each.values()] if isinstance(each, dict) else []
+        return max((value for value in known if value is not None), default=number(self.status.metrics, path))
+
+    def margin(self, path: str) -> float:
+        """How far the exact score may be from ``score``: 0 unless pixels were counted in a histogram."""
+        match lookup(self.status.metrics, f"bounds.{path}"):
+            case [int() | float() as low, int() | float() as high]:
+                return (high - low) / 2
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,20 @@ class Mean:
 
     @property
     def paper(self) -> float | None:
-        return paper.pixel_auroc([c.name for c in self.categories])
+        """Over the categories whose mean it stands beside."""
+        return paper.pixel_auroc([c.name for c in self.having("pixel_auroc")])
+
+    def having(self, path: str) -> list[Category]:
+        """The categories that have a score, which is what its mean is over."""
+        return [c for c in self.categories if c.score(path) is not None]
 
     def score(self, path: str) -> float | None:
-        """Over the categories that have it."""
-        values = [value for c in self.categories if (value := c.score(path)) is not None]
+        values = [value for c in self.having(path) if (value := c.score(path)) is not None]
         return sum(values) / len(values) if values else None
+
+    def margin(self, path: str) -> float:
+        having = self.having(path)
+        return sum(c.margin(path) for c in having) / (len(having) or 1)
 
 
 @dataclass(frozen=True)
@@ -190,12 +210,16 @@ def as_json(record: RunRecord) -> dict[str, Any]:
     def scores(of: Category | Mean) -> dict[str, Any]:
         return {"paper": of.paper} | {path: of.score(path) for path in SCORES}
 
+    def counts(mean: Mean) -> dict[str, Any]:
+        over = {path: len(mean.having(path)) for path in SCORES}
+        return {"done": len(mean.categories), "of": mean.of, "over": over}
+
     return {
         "run": str(record.status.run),
         "complete": record.status.complete,
         "categories": {
             c.name: {"state": c.status.state, "attempts": len(c.attempts)} | scores(c) for c in record.categories
         },
-        "means": {mean.name: {"done": len(mean.categories), "of": mean.of} | scores(mean) for mean in record.means},
+        "means": {mean.name: counts(mean) | scores(mean) for mean in record.means},
         "missing": list(missing(record)),
     }

@@ -15,5 +15,5 @@ def save_results(folder: Path, category: str, evaluation: Evaluation, config: Co
     """Writes all of it into the category's folder, replacing that of an earlier evaluation."""
     save_samples(folder / "samples.png", category, evaluation)
     save_examples(folder, category, evaluation, config.evaluation.score_window)
-    save_threshold(folder, evaluation.threshold)
+    save_threshold(folder, evaluation.threshold, config.evaluation)
     write_text(folder / CURVES, json.dumps(evaluation.curves))

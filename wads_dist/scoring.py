@@ -15,7 +15,7 @@ from torch import Tensor
 from wads_dist.config import EvaluationConfig
 from wads_dist.distributed import Ranks
 from wads_dist.histogram import Bounds, ScoreHistogram
-from wads_dist.metrics import BinaryMetrics, Ranked, Truth, count_normal, curves, descending, split
+from wads_dist.metrics import BinaryMetrics, Ranked, Truth, count_normal, curves, split
 from wads_dist.models import Wads
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class ExactScores:
         )
         scores, sizes, components, normals = zip(*everywhere, strict=True)
         # The same scores in the same order on every rank and for every number of ranks, so the same result of the sort.
-        anomalous, order = descending(torch.cat(scores).to(device))
+        anomalous, order = torch.cat(scores).to(device).sort(descending=True, stable=True)
         above, at_least = summed(count_normal(anomalous, normal), ranks).cpu().numpy()
         in_order = torch.cat(sizes).long()[order.cpu()].numpy()
         return Ranked(anomalous.cpu().numpy(), above, at_least, sum(normals), in_order, sum(components))
@@ -149,7 +149,7 @@ class HistogramScores:
     def result(self, ranks: Ranks) -> PixelResult:
         histogram = self.histogram
         histogram.counts = summed(histogram.counts.to(ranks.device), ranks).cpu()
-        histogram.components = sum(ranks.gather(histogram.components))
+        histogram.count_components(sum(ranks.gather(histogram.components)) - histogram.components)
         bounds = histogram.bounds()
         if bounds.undefined:
             return PixelResult(BinaryMetrics(undefined=bounds.undefined), {}, bounds)

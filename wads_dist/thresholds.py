@@ -31,7 +31,6 @@ from wads_dist.metrics import Truth, binary_metrics, image_score
 from wads_dist.models import Wads
 from wads_dist.scoring import ExactScores, predict, rank_batches
 
-THRESHOLD = "threshold.json"
 SYNTHETIC_SAMPLES = 256  # half of them without an anomaly
 
 
@@ -40,7 +39,8 @@ class Threshold:
     """A pixel whose probability, an image whose score is at least this is anomalous.
 
     ``images`` is how many were held out; the two rates are what was aimed at (None where synthetic anomalies decided), and
-    ``achieved`` what it does on the images it was chosen with, never on the test set.
+    ``achieved`` what it does on the images it was chosen with, never on the test set. ``warning``: why it cannot do what was
+    aimed at, for people.
     """
 
     pixel: float
@@ -50,6 +50,7 @@ class Threshold:
     pixel_false_positive_rate: float | None
     image_false_positive_rate: float | None
     achieved: dict[str, float]
+    warning: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -114,7 +115,32 @@ def from_normal(
             "pixel_false_positive_rate_standard_error": marked.double().std().item() / math.sqrt(len(entries)),
             **chance,
         },
+        shortfall(
+            pixel,
+            image,
+            len(entries),
+            evaluation.image_false_positive_rate,
+            chance["image_false_positive_rate_expected"],
+        ),
     )
+
+
+def shortfall(pixel: float, image: float, images: int, rate: float, expected: float) -> str | None:
+    """Where the thresholds cannot do what was aimed at, sentences; None if they can."""
+    reasons = []
+    if expected > rate:
+        needed = math.ceil(1 / rate - 1e-9) - 1
+        reasons.append(
+            f"With {images} images held out, {expected:.2g} of normal images must be expected to be called anomalous, not "
+            f"{rate:g}, for which {needed:,} are needed (evaluation.holdout)."
+        )
+    for what, threshold in (("pixel", pixel), ("image", image)):
+        if threshold > 1:
+            reasons.append(
+                f"The {what} threshold is above 1, so no {what} is ever anomalous: the network gives normal images held out "
+                "of training the highest score there is."
+            )
+    return " ".join(reasons) or None
 
 
 def marked_at_most(rate: float, count: int) -> int:

@@ -10,7 +10,6 @@ figure is bitwise the run without.
 
 from dataclasses import dataclass, replace
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,6 +23,7 @@ from shards.source import Dataset
 from wads_dist.config import Config
 from wads_dist.data import TrainingData, TrainingSplit, decode_entries
 from wads_dist.models import Wads
+from wads_dist.predict import heat_colours
 from wads_dist.trainer import Trainer
 
 COUNT = 6
@@ -95,12 +95,12 @@ def separate_model(config: Config, state: dict[str, Tensor]) -> Wads:
 
 def draw(columns: list[Tensor], title: str) -> NDArray[np.uint8]:
     """Under a title and their names, ``columns`` of pictures: [N, 3, H, H] in [0, 1], or [N, H, H] of numbers in [0, 1]."""
-    heat = matplotlib.colormaps["inferno"]
+    columns = [column.float().cpu().clamp(0, 1) for column in columns]
     pictures = [
-        column if column.ndim == 4 else torch.from_numpy(heat(column.float().cpu().numpy())[..., :3]).movedim(-1, 1)
+        column if column.ndim == 4 else torch.from_numpy(heat_colours(column.numpy())).movedim(-1, 1) / 255
         for column in columns
     ]
-    tiles = torch.stack([picture.float().cpu() for picture in pictures], 1).flatten(0, 1).clamp(0, 1)
+    tiles = torch.stack(pictures, 1).flatten(0, 1)
     grid = make_grid(tiles, nrow=len(columns), padding=2, pad_value=1.0)
     zoom = max(1, TILE // tiles.shape[-1])
     height, width = (zoom * side for side in grid.shape[1:])

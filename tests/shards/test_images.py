@@ -63,6 +63,13 @@ def test_truncated_data_is_refused_even_if_pillow_was_told_to_tolerate_it(
             decode_mask(data[:cut], 64)
 
 
+def test_an_image_of_too_many_pixels_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+    with pytest.raises(DataError, match=r"is too large: .*6300 pixels.* 2000 pixels; make it smaller") as caught:
+        decode_image(encode(Image.new("RGB", (90, 70))), 8)
+    assert "truncated" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("low", "high", "kind"), [(0, 255, "PNG"), (0, 1, "PNG"), (0, 255, "JPEG")])
 def test_masks_of_any_range(low: int, high: int, kind: str) -> None:
     expected = np.zeros((32, 32), dtype=bool)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from shards.errors import DataError
 from shards.source import Dataset
@@ -24,6 +25,8 @@ from wads_dist.evaluate import (
     save_threshold,
     save_weights,
     score_report,
+    trained_config,
+    trivial_report,
 )
 from wads_dist.figures import chosen_rows, save_samples
 from wads_dist.histogram import Bounds
@@ -94,6 +97,23 @@ def test_the_threshold_is_saved_beside_the_weights_and_in_their_header(config: C
         assert "threshold" not in weights.metadata()
 
 
+def test_the_settings_that_a_threshold_was_chosen_with_are_saved_with_it(config: Config, tmp_path: Path) -> None:
+    """``predict`` takes the window of the image score from the header."""
+    save_weights({"a": torch.zeros(1)}, tmp_path, config, "nut")
+    other = config.evaluation.model_copy(update={"score_window": 5})
+    save_threshold(tmp_path, THRESHOLD, other)
+    save_threshold(tmp_path, THRESHOLD)
+    assert trained_config(tmp_path) == config.model_copy(update={"evaluation": other})
+
+
+def test_a_header_that_cannot_be_read_is_named(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(WadsError, match="has not finished training"):
+        trained_config(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors", {"config": "[trainer]\nno_such = 1\n"})
+    with pytest.raises(WadsError, match=r"weights\.safetensors: its header has no settings"):
+        trained_config(tmp_path)
+
+
 class Painter:
     """Stands in for the network: the probability is the image's red."""
 
@@ -153,6 +173,15 @@ def test_a_report_of_a_histogram_has_its_bounds() -> None:
     )
 
 
+def test_a_model_must_beat_the_better_trivial_score_of_each_metric() -> None:
+    report = trivial_report(
+        {"blur": BinaryMetrics(0.7, 0.1, aupro=0.5), "mean_image": BinaryMetrics(0.6, 0.3, aupro=0.2)}
+    )
+    assert (report["pixel_auroc"], report["pixel_ap"], report["pixel_aupro"]) == (0.7, 0.3, 0.5)
+    assert report["name"] == "blur" and report["each"]["blur"]["pixel_ap"] == 0.1
+    assert trivial_report({"blur": BinaryMetrics(), "mean_image": BinaryMetrics()})["pixel_ap"] is None
+
+
 def test_a_perfect_reconstruction_follows_and_a_constant_one_does_not() -> None:
     test = images(5)
     code = torch.randn(5, 8)
@@ -208,6 +237,11 @@ def test_too_few_training_images_give_no_threshold_and_say_so(config: Config, de
     assert evaluation.threshold is None and evaluation.metrics["at_threshold"] is None
     assert "8 training images are too few" in evaluation.metrics["no_threshold"]
     assert evaluation.curves.keys() == {"roc", "pr", "pro"}
+
+
+def test_what_a_threshold_cannot_do_stands_beside_the_metrics(config: Config, held_out_shards: Path) -> None:
+    evaluation = evaluate(Wads(config.model, 64).eval(), config, Dataset.open(held_out_shards), "demo_biscuit", ALONE)
+    assert evaluation.threshold is not None and "With 4 images held out" in evaluation.metrics["threshold_warning"]
 
 
 def test_a_category_without_test_images_is_an_error(config: Config, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from launch.export import parse
 from tests.conftest import REPOSITORY, environment
 from wads_dist import export as exporting
 from wads_dist.config import Config, load_config
@@ -156,6 +157,29 @@ def test_an_export_that_differs_is_refused_and_not_published(
     if wrong == wrong:
         assert export_command(category, out, ["torch"], None, 1e-2, as_json=False) == 0
         assert (out / "model.pt2").exists()
+
+
+def test_a_format_of_an_earlier_export_does_not_stay_beside_the_new_one(
+    category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be of other weights, and model.json says nothing of it."""
+
+    def quick(module: Deployed, size: int, path: Path, description: str) -> exporting.Run:
+        path.touch()
+        return module
+
+    monkeypatch.setattr(exporting, "export_torch", quick)
+    (tmp_path / "model.onnx").write_text("of other weights")
+    (tmp_path / "notes.txt").touch()
+    assert list(export(category, tmp_path, ["torch"])["formats"]) == ["torch"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.pt2", "notes.txt"]
+
+
+@pytest.mark.parametrize("tolerance", ["inf", "nan", "-1"])
+def test_a_tolerance_that_would_allow_anything_is_refused(tolerance: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["runs/nut", "--tolerance", tolerance])
+    assert ended.value.code == 2
 
 
 def test_onnx_without_its_packages_says_how_to_get_them(

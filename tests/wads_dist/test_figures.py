@@ -68,8 +68,16 @@ def test_normal_images_are_ranked_by_their_score(tmp_path: Path) -> None:
     assert found[1]["score"] == pytest.approx(0.75) and found[1]["ap"] is found[1]["iou"] is None
 
 
-def test_a_defect_without_a_mask_is_left_out(tmp_path: Path) -> None:
+def test_a_defect_without_a_mask_is_left_out_where_others_have_one(tmp_path: Path) -> None:
     assert [e["key"] for e in saved(tmp_path, evaluation(["unmasked", "cut", "unmasked"]))] == ["key-1"]
+
+
+def test_where_no_defect_has_a_mask_they_are_ranked_by_their_score(tmp_path: Path) -> None:
+    of = evaluation(["unmasked"] * 4 + ["good"])
+    of.predictions.probability[2] = 1.0
+    found = [e for e in saved(tmp_path, of, each=1) if e["defect"] != "good"]
+    assert [(e["rank"], e["key"]) for e in found] == [("best", "key-2"), ("median", "key-0"), ("worst", "key-3")]
+    assert all(e["ap"] is e["iou"] is None and e["score"] > 0 and "truth" not in e["tiles"] for e in found)
 
 
 @pytest.mark.parametrize(("threshold", "iou"), [(None, 1.0), (0.3, 1.0), (0.95, 0.0), (0.0, 0.25)])

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
+from wads_dist.histogram import ScoreHistogram
 from wads_dist.metrics import (
     CURVE_POINTS,
     BinaryMetrics,
@@ -14,7 +15,6 @@ from wads_dist.metrics import (
     binary_metrics,
     count_normal,
     curves,
-    descending,
     image_score,
     map_metrics,
     rank,
@@ -120,7 +120,7 @@ def test_one_class_has_no_metrics_but_a_reason(labels: Tensor, reason: str) -> N
 def test_pieces_of_the_normal_scores_count_as_the_whole() -> None:
     """So it does not matter how they are spread over threads, batches or ranks."""
     scores, labels = case("ties")
-    anomalous, normal = descending(scores[labels])[0], scores[~labels]
+    anomalous, normal = scores[labels].sort(descending=True).values, scores[~labels]
     whole = count_normal(anomalous, normal.clone())
     assert torch.equal(
         whole, sum(count_normal(anomalous, piece.clone()) for piece in normal.tensor_split([1, 2001, 2001]))
@@ -274,9 +274,9 @@ def test_drawn_curves_have_few_points_and_stay_near_the_exact_ones() -> None:
     drawn = curves(vertices)
     assert vertices.overlap is not None and len(vertices.overlap) > 10 * CURVE_POINTS
     rate, recall = vertices.false_positives / vertices.false_positives[-1], vertices.true_positives / masks.sum().item()
+    precision, theirs, _ = precision_recall_curve(masks.flatten(), scores.flatten())
     for x, y, chosen in (
-        (rate, recall, drawn["roc"]), (rate, vertices.overlap, drawn["pro"]),
-        (recall[1:], (vertices.true_positives / (vertices.true_positives + vertices.false_positives).clip(1))[1:], drawn["pr"]),
+        (rate, recall, drawn["roc"]), (rate, vertices.overlap, drawn["pro"]), (theirs, precision, drawn["pr"])
     ):  # fmt: skip
         a, b = chosen.values()
         assert len(a) == len(b) <= CURVE_POINTS
@@ -295,6 +295,22 @@ def test_curves_pass_through_the_points_of_their_definition() -> None:
     }.items():
         a, b = drawn[name].values()
         assert (a[0], b[0]) == first and (a[-1], b[-1]) == pytest.approx(last, abs=1e-7)
+
+
+def test_the_precision_of_a_perfect_detector_is_1_from_the_first_point_on() -> None:
+    """A threshold above all scores finds nothing, and is not wrong either."""
+    scores, masks = maps("perfect")
+    exact, histogram = rank(scores, masks, Truth.of(masks)).vertices(), ScoreHistogram(64)
+    histogram.add(scores, Truth.of(masks))
+    for vertices in (exact, histogram.vertices()):
+        drawn = curves(vertices)["pr"]
+        until_all_are_found = drawn["recall"].index(1.0) + 1
+        assert drawn["recall"][0] == 0.0 and drawn["precision"][:until_all_are_found] == [1.0] * until_all_are_found
+
+
+def test_the_precision_of_a_detector_that_errs_first_falls_to_0() -> None:
+    drawn = curves(rank(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([True, True, False])).vertices())["pr"]
+    assert (drawn["recall"][0], drawn["precision"][0]) == (0.0, 1.0) and drawn["precision"][1] == 0.0
 
 
 def test_a_curve_that_needs_more_points_gets_the_most_important_ones() -> None:

@@ -1,11 +1,14 @@
 import csv
 import io
+import itertools
 import json
 import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +19,24 @@ from PIL import ExifTags, Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from launch.predict import parse
+from launch.predict import predict as predict_from_command_line
 from shards.errors import DataError
 from shards.source import Dataset
 from tests.conftest import REPOSITORY, environment
 from wads_dist.config import Config, load_config
 from wads_dist.data import TestImages
-from wads_dist.errors import ExitCode, WadsError
+from wads_dist.errors import ExitCode, ModelFileError, WadsError
 from wads_dist.evaluate import save_weights
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
-from wads_dist.predict import Description, Detector, ModelFileError, Thresholds, load
-from wads_dist.predict_files import find_images, predict_files
+from wads_dist.predict import Description, Detector, Thresholds, load, read_image
+from wads_dist.predict_files import _batches, find_images, predict_files
 from wads_dist.scoring import predict as evaluation_predict
 from wads_dist.thresholds import Threshold
 
 SIZE = 64
+THRESHOLD = Threshold(0.25, 0.5, "normal images held out of training", 9, 0.01, 0.05, {})
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +125,33 @@ def test_scores_and_maps_are_those_of_the_evaluation(
         assert result.image.size == (SIZE, SIZE) and np.abs(result.probability - maps[i].numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
-def test_images_of_every_mode_are_scored(mode: str, tmp_path: Path) -> None:
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(photograph().convert("L")).astype(np.uint16) * 257)
-    else:
-        image = photograph().convert("L").convert(mode) if mode == "LA" else photograph().convert(mode)
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (200, 100, 30), (200, 100, 30)),
+        ("L", 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("P", 1, (10, 200, 30)),
+        ("LA", (100, 51), (224, 224, 224)),  # a fifth of it, four fifths white
+        ("RGBA", (200, 100, 30, 51), (244, 224, 210)),
+        ("CMYK", (55, 155, 225, 0), (200, 100, 30)),
+        ("I;16", 90 * 257, (90, 90, 90)),
+        ("YCbCr", (90, 128, 128), (90, 90, 90)),
+    ],
+)
+def test_images_of_every_mode_are_scored(
+    mode: str, colour: float | tuple[int, ...], expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    image = Image.new(mode, (90, 70), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 10, 200, 30])
     path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr") else "image.png")
     image.save(path)
     result = brightness().predict(path)
-    expected = np.asarray(result.image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)).mean() / 255
-    assert result.probability.shape == (70, 90) and result.image.mode == "RGB"
-    assert result.probability.mean() == pytest.approx(expected, abs=0.02)
+    assert result.image.mode == "RGB" and result.image.getcolors() == [(90 * 70, expected)]
+    assert result.probability.shape == (70, 90)
+    assert result.probability == pytest.approx(sum(expected) / 3 / 255, abs=1e-5)
+    assert result.score == pytest.approx(sum(expected) / 3 / 255, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (SIZE, SIZE), (333, 17), (SIZE - 1, SIZE + 1)])
@@ -207,13 +228,44 @@ def test_scores_that_are_not_finite_are_no_verdict() -> None:
 
 
 def test_thresholds_are_the_models_own_unless_others_are_given(model: Wads, config: Config, tmp_path: Path) -> None:
-    threshold = Threshold(0.25, 0.5, "normal images held out of training", 9, 0.01, 0.05, {})
-    folder = saved(model, tmp_path, config, threshold)
+    folder = saved(model, tmp_path, config, THRESHOLD)
     own = load(folder).thresholds
     assert (own.image, own.pixel) == (0.5, 0.25) and "normal images held out of training" in own.source
-    given = load(folder, threshold=0.7).thresholds
-    assert (given.image, given.pixel, given.source) == (0.7, 0.7, "given")
-    assert load(folder, threshold=0.7, pixel_threshold=0.1).thresholds.pixel == 0.1
+    given = load(folder, threshold=0.7, pixel_threshold=0.1).thresholds
+    assert (given.image, given.pixel, given.source) == (0.7, 0.1, "given")
+
+
+def test_a_threshold_given_for_images_or_pixels_leaves_the_other_as_it_is(
+    model: Wads, config: Config, run: Path, tmp_path: Path
+) -> None:
+    folder = saved(model, tmp_path, config, THRESHOLD)
+    own = "saved with the model: normal images held out of training"
+    assert load(folder, threshold=0.7).thresholds == Thresholds(0.7, 0.25, f"image given; pixel {own}")
+    assert load(folder, pixel_threshold=0.1).thresholds == Thresholds(0.5, 0.1, f"image {own}; pixel given")
+    none = load(run, pixel_threshold=0.1).thresholds
+    assert (none.image, none.pixel) == (None, 0.1) and "image none: the model has no threshold" in none.source
+
+
+def test_an_edited_threshold_file_is_what_counts_and_is_named(model: Wads, config: Config, tmp_path: Path) -> None:
+    folder = saved(model, tmp_path, config, THRESHOLD)
+    file = folder / "threshold.json"
+    file.write_text(THRESHOLD.to_json())
+    assert load(folder).thresholds == Thresholds(0.5, 0.25, f"saved with the model: {THRESHOLD.source}")
+    file.write_text(replace(THRESHOLD, image=0.9).to_json())
+    assert load(folder).thresholds == Thresholds(0.9, 0.25, f"saved with the model: {file}, edited")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"image": 0.5}', '{"image": "0.5", "pixel": 0.5}', '{"image": NaN, "pixel": 1}']
+)
+def test_a_threshold_file_without_thresholds_is_refused_by_its_name(
+    text: str, model: Wads, config: Config, tmp_path: Path
+) -> None:
+    """NaN is reached by no score: everything would pass for normal."""
+    folder = saved(model, tmp_path, config, THRESHOLD)
+    (folder / "threshold.json").write_text(text)
+    with pytest.raises(ModelFileError, match=r"threshold\.json: holds no thresholds"):
+        load(folder)
 
 
 def test_a_model_without_a_threshold_scores_and_does_not_decide(run: Path, tmp_path: Path) -> None:
@@ -253,6 +305,51 @@ def test_a_result_is_plotted(tmp_path: Path) -> None:
         assert picture.width == 1200 and len(set(picture.convert("L").tobytes())) > 50
 
 
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [("--tile", True), ("--tile-size 32 --pixel-threshold 0.5", True), ("--tile --threshold 0.5", False), ("", False)],
+)
+def test_tiles_and_a_threshold_saved_for_whole_images_are_warned_of_once(
+    options: str, warned: bool, model: Wads, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(2):
+        photograph(seed=i).save(tmp_path / f"{i}.png")
+    folder, out = saved(model, tmp_path / "nut", config, THRESHOLD), tmp_path / "out"
+    given = parse(
+        [str(tmp_path / "*.png"), "--model", str(folder), "--out", str(out), "--device", "cpu", *options.split()]
+    )
+    assert predict_from_command_line(given) == 0
+    assert capsys.readouterr().err.count("threshold was chosen for whole images") == warned
+
+
+def test_what_a_model_has_no_threshold_for_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photograph().save(tmp_path / "a.png")
+    arguments = [str(tmp_path / "a.png"), "--model", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for options, said in (([], (True, True)), (["--pixel-threshold", "0.5"], (True, False))):
+        assert predict_from_command_line(parse([*arguments, *options])) == 0
+        told = capsys.readouterr().err
+        assert ("no threshold for images" in told, "no threshold for pixels" in told) == said
+
+
+def test_images_of_too_many_pixels_are_skipped_and_can_be_allowed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photograph(90, 70).save(tmp_path / "a.png")
+    arguments = [str(tmp_path / "a.png"), "--model", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # restored at the end; Pillow refuses twice as many
+    assert predict_from_command_line(parse(arguments)) == ExitCode.BAD_DATA
+    (row,) = rows_of(tmp_path / "out")
+    assert all(word in str(row["problem"]) for word in ("6300 pixels", "2000 pixels", "--max-pixels"))
+    assert "truncated" not in str(row["problem"])
+    assert predict_from_command_line(parse([*arguments, "--max-pixels", "6298"])) == ExitCode.BAD_DATA
+    assert predict_from_command_line(parse([*arguments, "--max-pixels", "6300"])) == ExitCode.OK
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 
@@ -289,8 +386,14 @@ def test_a_name_that_looks_like_a_pattern_is_a_name(tree: Path) -> None:
 
 def test_results_of_an_earlier_run_are_not_scored(tree: Path) -> None:
     assert names([tree], tree / "b") == ["a/x.png"]
-    (item,) = find_images([str(tree / "b")], tree / "b")
-    assert item.problem is not None and "no image" in item.problem
+
+
+@pytest.mark.parametrize(("given", "out"), [("b", "."), ("b", "b"), ("b/x.png", "b"), ("b/*.png", "."), (".", ".")])
+def test_an_input_inside_the_output_folder_is_a_problem_that_says_so(given: str, out: str, tree: Path) -> None:
+    (item,) = find_images([str(tree / given)], tree / out)
+    assert item.problem is not None and "inside --out" in item.problem and str(tree / out) in item.problem
+    (item,) = find_images([str(tree / "b/absent.png")], tree / "b")
+    assert item.problem is not None and "matches no image" in item.problem
 
 
 def test_links_are_followed_and_a_circle_of_them_ends(tree: Path, tmp_path: Path) -> None:
@@ -396,6 +499,47 @@ def test_a_picture_that_cannot_be_written_leaves_no_half_of_it(tmp_path: Path, m
     assert rows_of(tmp_path / "out") == []
 
 
+def test_a_name_too_long_for_its_pictures_is_a_problem_of_that_file(tmp_path: Path) -> None:
+    """File systems allow 255 bytes; ``NAME.scores.png`` of this name would still have them."""
+    images = tmp_path / "images"
+    images.mkdir()
+    long = "n" * 240 + ".png"
+    for name in ("a.png", long, "z.png"):
+        photograph().save(images / name)
+    prediction = predict_files(brightness(), find_images([str(images)]), tmp_path / "out", None, 0.25, quiet())
+    assert prediction.images == 2 and prediction.exit_code == ExitCode.BAD_DATA
+    assert list(prediction.skipped) == [str(images / long)] and "too long" in prediction.skipped[str(images / long)]
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 8  # none of the long name, of which some would fit
+
+
+def test_images_are_read_ahead_no_further_than_the_memory_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many cores; and every file comes, in order, while the next ones are decoded."""
+    for i in range(10, 30):
+        photograph(seed=i).save(tmp_path / f"{i}.png")
+    (tmp_path / "15.png").write_text("no image")
+    read, lock = 0, threading.Lock()
+
+    def counted(path: str) -> Image.Image:
+        nonlocal read
+        with lock:
+            read += 1
+        return read_image(path)
+
+    monkeypatch.setattr("wads_dist.predict_files.read_image", counted)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("wads_dist.predict_files.MAX_PIXELS", 6 * 90 * 70)
+    items, taken = find_images([str(tmp_path)]), []
+    with ThreadPoolExecutor(1) as pool:
+        for batch in _batches(pool, brightness(batch_size=32), items, None):
+            pool.submit(int).result()  # the only thread has read all that it was told to
+            taken += batch
+            assert read - len(taken) + len(batch) <= 7 and (read > len(taken) or read == 20)
+            assert sum(item.image is not None for item in batch) <= 3
+    assert taken == items and sum(item.image is not None for item in taken) == 19
+
+
 def test_large_images_do_not_wait_for_a_full_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(4):
         photograph(seed=i).save(tmp_path / f"{i}.png")
@@ -407,7 +551,7 @@ def test_large_images_do_not_wait_for_a_full_batch(tmp_path: Path, monkeypatch: 
         return network(images)
 
     detector.network = counted
-    monkeypatch.setattr("wads_dist.predict_files.MAX_PIXELS", 2 * 90 * 70)
+    monkeypatch.setattr("wads_dist.predict_files.MAX_PIXELS", 2 * 2 * 90 * 70)
     predict_files(detector, find_images([str(tmp_path)]), tmp_path / "out", None, 0.25, quiet())
     assert sizes == [2, 2]
 
@@ -427,13 +571,26 @@ def test_damage_anywhere_in_a_file_is_a_problem_of_that_file(at: int, tmp_path: 
             assert str(tmp_path / f"a.{suffix}") in str(error)
 
 
+FORMATS = {
+    "png": ("RGB", "L", "RGBA", "P", "I;16", "1"),
+    "jpg": ("RGB", "L"),
+    "tif": ("RGB", "L", "RGBA", "P", "I;16", "1"),
+    "bmp": ("RGB", "L", "P", "1"),
+    "webp": ("RGB", "RGBA"),
+}
+
+
 @pytest.mark.slow
-def test_the_command_scores_a_folder_of_mixed_files_and_names_its_five_bad_ones(run: Path, tmp_path: Path) -> None:
+def test_the_command_scores_95_of_100_mixed_files_and_names_the_five_bad_ones(run: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
-    for i, mode in enumerate(["RGB", "L", "RGBA", "P", "1"] * 2):
+    kinds = itertools.cycle((suffix, mode) for suffix, modes in FORMATS.items() for mode in modes)
+    for i, (suffix, mode) in enumerate(itertools.islice(kinds, 95)):
         folder = images / ("left" if i % 2 else "right")
         folder.mkdir(parents=True, exist_ok=True)
-        photograph(90 + i, 70, i).convert(mode).save(folder / f"{i // 2}.png")
+        image = photograph(20 + i, 30, i)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        image.convert(mode).save(folder / f"{i // 2}.{suffix}")
     photograph().save(tmp_path / "whole.jpg")
     data = (tmp_path / "whole.jpg").read_bytes()
     (images / "left/truncated.jpg").write_bytes(data[: len(data) // 2])
@@ -444,7 +601,10 @@ def test_the_command_scores_a_folder_of_mixed_files_and_names_its_five_bad_ones(
     out = tmp_path / "out"
     command = [sys.executable, REPOSITORY / "launch/predict.py", "--model", run, images, "--out", out, "--json"]
     ended = subprocess.run(
-        [*map(str, command), "--threshold", "0.5"], capture_output=True, text=True, env=environment()
+        [*map(str, command), "--threshold", "0.5", "--pixel-threshold", "0.5"],
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert ended.returncode == 3, ended.stderr
     summary = json.loads(ended.stdout)
@@ -458,8 +618,8 @@ def test_the_command_scores_a_folder_of_mixed_files_and_names_its_five_bad_ones(
     }
     assert problems.keys() == words.keys() and all(word in problems[name] for name, word in words.items())
     assert all(f"skipped {path}: " in ended.stderr for path in summary["skipped"])
-    assert summary["images"] == 10 and sum(summary["decisions"].values()) == 10 and summary["exit_code"] == 3
-    assert len(rows_of(out)) == 15 and len(list(out.rglob("*.png"))) == 40 and not list(out.rglob(".*"))
+    assert summary["images"] == 95 and sum(summary["decisions"].values()) == 95 and summary["exit_code"] == 3
+    assert len(rows_of(out)) == 100 and len(list(out.rglob("*.png"))) == 4 * 95 and not list(out.rglob(".*"))
 
 
 @pytest.mark.slow

@@ -26,9 +26,11 @@ LOSSES = dict(
     total=2.0, dissimilarity=0.5, mse=0.1, focal=0.01, kl=0.02, adversarial=0.7, discriminator=0.6, latent=0.1
 )
 METRICS = {
-    "pixel_auroc": 0.9, "pixel_ap": 0.5, "pixel_aupro": 0.8, "pixel_f1_max": 0.55, "pixel_iou_max": 0.4, "image_auroc": 0.7,
-    "trivial": {"pixel_auroc": 0.6}, "reconstruction": {"ssim": 0.66}, "samples": 64, "seconds": 90.0, "world_size": 2,
-    "images_per_second": 10.0, "rejected_steps": 0, "spikes": 0, "at_threshold": {"pixel_f1": 0.123},
+    "pixel_auroc": 0.9, "pixel_ap": 0.5, "pixel_aupro": 0.8, "pixel_f1_max": 0.55, "pixel_iou_max": 0.4,
+    "image_auroc": 0.7, "image_ap": 0.75, "image_f1_max": 0.65,
+    "trivial": {"pixel_auroc": 0.6, "pixel_ap": 0.3}, "reconstruction": {"ssim": 0.66},
+    "samples": 64, "seconds": 90.0, "world_size": 2, "images_per_second": 10.0,
+    "rejected_steps": 0, "spikes": 0, "at_threshold": {"pixel_f1": 0.123},
 }  # fmt: skip
 
 
@@ -223,6 +225,7 @@ def test_a_row_of_scores_for_each_category_and_mean(tmp_path: Path) -> None:
     assert page.row("mean, textures")[1] == "0.850"
     assert page.row("mean, objects (1 of 2)")[1] == "0.700" and page.row("mean, all (3 of 4)")[1] == "0.800"
     assert page.row("zipper (failed)")[1:] == ["–"] * 8
+    assert ["carpet", "0.700", "0.750", "0.650"] in page.rows
 
 
 def test_a_score_that_some_lack_is_the_mean_of_the_others(tmp_path: Path) -> None:
@@ -230,11 +233,57 @@ def test_a_score_that_some_lack_is_the_mean_of_the_others(tmp_path: Path) -> Non
     add_category(tmp_path, "b", pixel_aupro=0.25)
     means = as_json(read_run(tmp_path))["means"]
     assert means["all"]["pixel_aupro"] == 0.25 and list(means) == ["all"]
+    assert means["all"]["over"]["pixel_aupro"] == 1 and means["all"]["over"]["pixel_auroc"] == 2
+    assert page_of(tmp_path).row("mean, all")[5] == "0.250 (1)"
+
+
+def test_a_mean_is_over_the_categories_that_have_the_score(tmp_path: Path) -> None:
+    """Not over those that are done, and beside the paper's mean of 15 stands no mean of 14."""
+    for name in paper.MVTEC[1:]:
+        add_category(tmp_path, name)
+    add_category(tmp_path, paper.MVTEC[0], pixel_auroc=None)
+    row = page_of(tmp_path).row("mean, all (14 of 15)")
+    assert row[1:3] == ["0.900", "–"] and row[4] == "0.500 (15)" and "paper 0.930" not in page_of(tmp_path).text
 
 
 def test_a_model_below_the_trivial_score_is_marked(run: Path) -> None:
     add_category(run, "bolt", pixel_auroc=0.55)
     assert page_of(run).row("bolt")[1] == "0.550 ▼" and page_of(run).row("nut")[1] == "0.900"
+    add_category(run, "gear", pixel_ap=0.3)  # as good is not better
+    assert page_of(run).row("gear")[1:5] == ["0.900", "0.600", "0.300 ▼", "0.300"]
+
+
+def test_the_trivial_score_is_that_of_the_detector_that_is_better_at_it(run: Path) -> None:
+    """Earlier versions took all metrics of the one with the better AUROC."""
+    each = {"blur": {"pixel_auroc": 0.6, "pixel_ap": 0.3}, "mean_image": {"pixel_auroc": 0.5, "pixel_ap": 0.6}}
+    add_category(run, "bolt", trivial={**each["blur"], "name": "blur", "each": each})
+    assert page_of(run).row("bolt")[1:5] == ["0.900", "0.600", "0.500 ▼", "0.600"]
+
+
+def test_a_score_from_a_histogram_is_shown_with_its_bounds(run: Path) -> None:
+    add_category(run, "bolt", pixel_auroc=0.5, bounds={"pixel_auroc": [0.0, 1.0], "pixel_ap": [0.4999, 0.5001]})
+    page = page_of(run)
+    assert page.row("bolt")[1] == "0.500 ± 0.500 ▼" and page.row("bolt")[3] == "0.500"
+    assert page.row("mean, all")[1] == "0.700 ± 0.250" and "± 0.250, mean of 2" in page.text
+
+
+def test_a_threshold_that_cannot_do_what_was_asked_says_so(run: Path) -> None:
+    path = run / "nut" / "threshold.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warning": "No image is ever anomalous."}))
+    assert "No image is ever anomalous." in page_of(run).text
+
+
+def test_defects_without_a_mask_are_shown_as_such(run: Path) -> None:
+    path = run / "nut" / "examples" / "examples.json"
+    content = json.loads(path.read_text())
+    content["examples"] = [content["examples"][0] | {"ap": None}]
+    del content["examples"][0]["tiles"]["truth"]
+    path.write_text(json.dumps(content))
+    page = page_of(run)
+    assert "best: 1 of 8 defects without a mask" in page.text
+    assert [value for name, value in page.attributes if name == "alt"] == [
+        "input", "reconstruction", "prediction", "mask"
+    ]  # fmt: skip
 
 
 def test_decisions_effort_and_settings_are_shown(run: Path) -> None:
@@ -322,9 +371,14 @@ def test_a_damaged_file_is_as_good_as_none(run: Path, file: str, content: bytes)
 
 
 def test_curves_with_wrong_numbers_draw_what_they_can(run: Path) -> None:
-    curves = {"roc": {"fpr": [0, "x", None, 1], "tpr": [0, 0.5, 0.7, float("nan")]}, "pro": 5, "pr": {"recall": []}}
+    curves = {
+        "roc": {"fpr": [0, 0.5, "x", None, 1], "tpr": [0, 0.5, 0.5, 0.7, float("nan")]},
+        "pro": 5,
+        "pr": {"recall": []},
+    }
     (run / "nut" / "curves.json").write_text(json.dumps(curves))
-    assert "ROC" in page_of(run).text
+    roc = Chart("ROC", "false positive rate", [Series("", [0, 0.5], [0, 0.5])]).svg()
+    assert len(points(roc)) == 1 and roc in render(read_run(run))
 
 
 def test_an_old_run_lacks_the_new_scores(run: Path) -> None:
@@ -406,7 +460,7 @@ def points(svg: str) -> list[list[tuple[float, float]]]:
 
 def test_a_line_runs_from_corner_to_corner() -> None:
     (line,) = points(Chart("t", "x", [Series("a", [0.0, 1.0], [0.0, 1.0])]).svg())
-    assert line == [(40.0, 186.0), (312.0, 8.0)]
+    assert line == [(48.0, 186.0), (312.0, 8.0)]
 
 
 def test_what_is_not_a_number_interrupts_a_line() -> None:

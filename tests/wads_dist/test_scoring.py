@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from wads_dist import histogram
 from wads_dist.config import EvaluationConfig
 from wads_dist.distributed import Ranks
 from wads_dist.metrics import Truth, curves, map_metrics, rank
@@ -41,6 +42,16 @@ def test_a_histogram_gives_the_middle_of_its_bounds() -> None:
     assert result.bounds is not None and result.bounds.aupro is not None and result.metrics.aupro is not None
     low, high = result.bounds.aupro
     assert low < result.metrics.aupro == (low + high) / 2 < high and result.metrics.threshold_at_f1_max is None
+
+
+def test_components_of_all_ranks_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no rank alone they are too many."""
+    monkeypatch.setattr(histogram, "_MOST_COMPONENTS", 3)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, value])
+    scores = pixel_scores(EvaluationConfig(metrics="histogram", bins=16), CPU)
+    scores.add(torch.rand(2, 4, 4), Truth.of(torch.eye(4).bool().expand(2, 4, 4)))
+    with pytest.raises(ValueError, match="more than 3 connected components"):
+        scores.result(ALONE)
 
 
 @pytest.mark.parametrize("metrics", ["exact", "histogram"])

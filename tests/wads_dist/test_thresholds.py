@@ -1,5 +1,7 @@
 """Thresholds keep to the rates they are chosen for, on images that training never draws."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from wads_dist.thresholds import (
     image_threshold,
     marked_at_most,
     pixel_threshold,
+    shortfall,
 )
 from wads_dist.trivial import gaussian_blur
 
@@ -168,6 +171,37 @@ def test_the_threshold_of_a_network_keeps_to_the_rates_on_the_images_held_out(sh
     assert 0.029 < marked.mean() <= 0.03 and achieved["pixel_false_positive_rate"] == pytest.approx(marked.mean())
     assert achieved["pixel_false_positive_rate_standard_error"] == pytest.approx(marked.std() / 2)
     assert achieved["image_false_positive_rate"] == 0 and achieved["image_false_positive_rate_expected"] == 0.2
+    assert threshold.warning is not None and threshold.warning.startswith(
+        "With 4 images held out, 0.2 of normal images"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pixel", "image", "expected", "said"),
+    [
+        (0.9, 1.0, 0.05, None),
+        (0.9, 0.5, 0.2, "0.2 of normal images must be expected to be called anomalous, not 0.05, for which 19"),
+        (1.0000001, 0.5, 0.05, "The pixel threshold is above 1, so no pixel is ever anomalous"),
+        (0.9, 1.0000001, 0.05, "The image threshold is above 1, so no image is ever anomalous"),
+    ],
+)
+def test_a_threshold_that_cannot_do_what_was_asked_says_so(
+    pixel: float, image: float, expected: float, said: str | None
+) -> None:
+    warning = shortfall(pixel, image, 4, 0.05, expected)
+    assert warning is said is None or (warning is not None and said is not None and said in warning)
+
+
+def test_a_threshold_of_a_network_that_is_always_sure_warns(shards: Path) -> None:
+    threshold, _ = fit_threshold(AlwaysSure(), config(), Dataset.open(shards), "demo_biscuit", ALONE)  # type: ignore[arg-type]
+    assert threshold is not None and threshold.pixel > 1 and "no pixel is ever anomalous" in (threshold.warning or "")
+
+
+class AlwaysSure:
+    """Stands in for a network that has collapsed: everything is anomalous."""
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, torch.ones(len(x), *x.shape[2:]), torch.zeros(len(x), 4)
 
 
 def test_without_images_held_out_there_is_a_reason(demo_shards: Path, shards: Path) -> None:
@@ -215,6 +249,8 @@ def test_synthesis_that_never_makes_a_mask_gives_a_reason(shards: Path) -> None:
 def test_a_threshold_survives_its_json() -> None:
     threshold = Threshold(float(np.float32(0.1)), 0.2, "normal images held out of training", 7, 0.01, 0.05, {"a": 0.5})
     assert Threshold.from_json(threshold.to_json()) == threshold
+    of_an_earlier_version = {key: value for key, value in asdict(threshold).items() if key != "warning"}
+    assert Threshold.from_json(json.dumps(of_an_earlier_version)) == threshold
 
 
 def test_rates_that_are_not_defined_are_none() -> None:
