@@ -16,25 +16,12 @@ from pathlib import Path
 
 import torch
 
-from kernels.synthesis import Batch, synthesise
 from wads_dist import checkpoint, checkpoint_files
-from wads_dist.config import Config, load_config
-from wads_dist.data import synthesis_settings
+from wads_dist.config import load_config
+from wads_dist.step_profile import RandomImages
 from wads_dist.trainer import Trainer
 
 DATA = checkpoint.DataHashes("0" * 64, {})
-
-
-class RandomImages:
-    """``TrainingData.batch`` over random images: the state is the same size whatever was learnt."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        size = config.data.store_size
-        self.images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, device=device)
-        self.settings = synthesis_settings(config)
-
-    def batch(self, sample: torch.Tensor, upcoming: torch.Tensor | None = None) -> Batch:
-        return synthesise(self.images, self.images, sample, 0, self.settings)
 
 
 def build(batch: int) -> Trainer:

@@ -31,6 +31,12 @@ train() { # NAME ARGUMENT...: into an empty folder
 mkdir -p benchmarks/results
 step "tests" "$python" -m pytest -m gpu tests
 step "kernels" "$python" launch/profile_kernels.py --json "benchmarks/results/$device.json" --plot "benchmarks/results/$device.png"
+for backbone in resnet18 resnet50; do
+  step "step of $backbone" "$python" launch/profile_step.py --config configs/mvtec.toml --model.backbone $backbone \
+    --trainer.global_batch_size 256 --json "benchmarks/results/$device-step-$backbone.json"
+done
+PYTHONPATH=. step "step beside plain PyTorch" "$python" benchmarks/training_step.py --batch 128 --rounds 20 \
+  --json "benchmarks/results/$device-training-step.json"
 step "demo shards" "$python" -m shards demo --out .data/demo --categories 2
 train demo --config configs/demo.toml
 # PYTHONPATH: the checkout is not installed there.

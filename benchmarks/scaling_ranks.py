@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-from checkpoint_cost import DATA, RandomImages
+from checkpoint_cost import DATA
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
@@ -41,6 +41,7 @@ from wads_dist.distributed import Ranks
 from wads_dist.entry import leave, main
 from wads_dist.models import Discriminator, Wads
 from wads_dist.scaling import Compute, Networks, checkpoint_bytes, sent_bytes, step_collectives
+from wads_dist.step_profile import RandomImages
 from wads_dist.trainer import Trainer
 from wads_dist.worker import initialise
 
@@ -97,7 +98,7 @@ class Rank:
         config = self.config.model_copy(update={"trainer": self.config.trainer.model_copy(update=settings)})
         if stage not in self.trainers:
             images = RandomImages(config, self.ranks.device)
-            self.trainers[stage] = Trainer(config, self.ranks, images)
+            self.trainers[stage] = Trainer(config, self.ranks, images)  # type: ignore[arg-type]
             for engine in self.trainers[stage].both:
                 engine.train()
             for _ in range(3):  # then Adam has its moments, and ZeRO-3 its order of modules

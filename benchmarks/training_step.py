@@ -29,11 +29,13 @@ from torch import Tensor
 from kernels.objective import objective
 from kernels.synthesis import Batch
 from wads_dist.config import Config, load_config
+from wads_dist.distributed import Ranks
 from wads_dist.kernel_timing import measure_device, synchronise
 from wads_dist.models import Discriminator, Wads
 from wads_dist.record import code_version
-from wads_dist.step_profile import RandomImages, join
+from wads_dist.step_profile import RandomImages, threads_of
 from wads_dist.trainer import Trainer, WithGradient, adversarial_loss, discriminator_loss, objective_weights
+from wads_dist.worker import initialise
 
 
 class PlainLoop:
@@ -96,9 +98,8 @@ class PlainLoop:
         return WithGradient.apply(x_hat, value.detach(), gradient, 1.0), lambda: loss
 
 
-def compare(config: Config, rounds: int) -> dict[str, Any]:
+def compare(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
     """Median seconds of a step of each, over ``rounds`` rounds in which all take turns."""
-    ranks = join()
     trainer = Trainer(config, ranks, RandomImages(config, ranks.device))  # type: ignore[arg-type]
     trainer.gs.train()
     trainer.d.train()
@@ -142,20 +143,19 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     os.environ.update(alone)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    results = []
+    results: list[dict[str, Any]] = []
+    ranks: Ranks | None = None
     for backbone in given.backbones:
         # The sizes of configs/hazelnut.toml and of configs/mvtec.toml.
         sizes = ["--model.width", "32", "--model.fpn_width", "64"] if backbone == "resnet18" else []
         base = ["--model.backbone", backbone, *sizes, "--trainer.global_batch_size", str(given.batch)]
         config = load_config([*base, "--trainer.deepspeed", "configs/deepspeed/zero0.json", *settings])
-        results.append(result := compare(config, given.rounds))
+        ranks = ranks or initialise(config, threads_of(config))
+        results.append(result := compare(config, ranks, given.rounds))
         table = Table(
             "",
             "images/s",

@@ -41,6 +41,6 @@ if __name__ == "__main__":
     def run(config: Config) -> int:
         from wads_dist.step_profile import profile_step  # imports DeepSpeed; a misspelled setting is told before
 
-        return profile_step(config, given.steps, config.trainer.threads, given.json, given.trace)
+        return profile_step(config, given.steps, given.json, given.trace)
 
     leave(main(run, settings))

@@ -52,8 +52,8 @@ def step_collectives(
 
     ZeRO 1 and 2 reduce whole gradients on every rank (DeepSpeed's ``use_multi_rank_bucket_allreduce``, on by default) and
     gather the weights after the step, so they send half as much again as ZeRO-0, not the same. ZeRO-3 keeps what it gathers
-    of generator and segmenter from forward to backward; the discriminator is gathered in each of its two frozen passes, in
-    the backward through it, and in its own pass.
+    of generator and segmenter from forward to backward; the discriminator's large tensors it gathers for each of two forward
+    passes, L_adv's gradient and the backward, the first time with all others, which come once more, module by module.
 
     Args:
         bucket: elements DeepSpeed reduces together (``reduce_bucket_size``).
@@ -79,10 +79,11 @@ def step_collectives(
             small, large = [n for n in tensors if n <= persistent], [n for n in tensors if n > persistent]
             calls.append(Collective("reduce_scatter", padded(tensors) / buckets, buckets))
             calls += [Collective("all_gather", padded([n])) for n in small]  # after the step, one by one
-            if large:
-                calls.append(Collective("all_gather", padded(large), 1 + is_discriminator))
+            if large and not is_discriminator:
+                calls.append(Collective("all_gather", padded(large)))
             if is_discriminator:
-                calls += [Collective("all_gather", padded([n]), 2) for n in large]
+                calls.append(Collective("all_gather", padded(tensors)))
+                calls += [Collective("all_gather", padded([n]), 3) for n in large]
                 modules = math.ceil(len(small) / 2)  # a weight and a bias together
                 calls.append(Collective("all_gather", padded(small) / modules, modules))
             calls.append(Collective("all_reduce", 8))  # the gradients' norm

@@ -7,13 +7,13 @@ the trainer sets anyway; on a GPU they are the stream's time, which the host may
 import contextlib
 import itertools
 import json
+import os
 import resource
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,12 +27,13 @@ from shards.textures import procedural_textures
 from wads_dist.checkpoint_files import write_text
 from wads_dist.config import Config
 from wads_dist.data import synthesis_settings
-from wads_dist.distributed import Ranks, unname_shared_memory
+from wads_dist.distributed import Ranks
 from wads_dist.kernel_timing import host_clock, measure_device, synchronise
 from wads_dist.models import AUTOCAST_DTYPE
 from wads_dist.pulse import Pulse, now, seconds_between
 from wads_dist.record import code_version
 from wads_dist.trainer import Trainer
+from wads_dist.worker import initialise
 
 IMAGES = 64
 WARM_UP = 5
@@ -84,15 +85,9 @@ class Untracked(contextlib.nullcontext[None]):
     parents = frozenset({"Global"})
 
 
-def join() -> Ranks:
-    """This process's world: one rank, or those of DeepSpeed's launcher."""
-    ranks = Ranks.from_environment()
-    if ranks.device.type == "cuda":
-        torch.cuda.set_device(ranks.device)
-    backend = deepspeed.accelerator.get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    unname_shared_memory(ranks)
-    return ranks
+def threads_of(config: Config) -> int:
+    """Of this rank, as a launch would give it."""
+    return config.trainer.threads or max(1, (os.cpu_count() or 1) // Ranks.from_environment().local_world_size)
 
 
 def measure(config: Config, ranks: Ranks, steps: int, trace: Path | None = None) -> dict[str, Any]:
@@ -248,11 +243,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
 
 
-def profile_step(config: Config, steps: int, threads: int | None, to: str | None, trace: Path | None) -> int:
+def profile_step(config: Config, steps: int, to: str | None, trace: Path | None) -> int:
     """Measures, shows and writes; the first rank speaks."""
-    if threads:
-        torch.set_num_threads(threads)
-    ranks = join()
+    ranks = initialise(config, threads_of(config))
     result = measure(config, ranks, steps, trace if ranks.is_first else None)
     if ranks.is_first:
         show(result, Console(stderr=to == "-"))
