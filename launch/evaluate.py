@@ -1,6 +1,7 @@
-"""Score a finished run's categories again: ``python launch/evaluate.py --config RUN/config.toml [--data.categories a,b]``."""
+"""Score a finished run's categories again: ``python launch/evaluate.py RUN [--data.categories a,b]``."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,5 +16,12 @@ def evaluate(config: Config) -> int:
     return evaluate_run(config)
 
 
+def arguments(argv: Sequence[str]) -> list[str]:
+    """With a run's folder first, that run's settings, wherever it has been moved; otherwise settings, as for training."""
+    if argv and not argv[0].startswith("-"):
+        return ["--config", str(Path(argv[0]) / "config.toml"), "--run.dir", argv[0], *argv[1:]]
+    return list(argv)
+
+
 if __name__ == "__main__":
-    sys.exit(main(evaluate, resumes=False))
+    sys.exit(main(evaluate, arguments(sys.argv[1:]), resumes=False))

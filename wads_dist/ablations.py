@@ -71,6 +71,8 @@ def ablations(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     # With --json there is one object on the standard output: the table.
     with contextlib.redirect_stdout(sys.stderr) if given.json and not given.dry_run else contextlib.nullcontext():
         code = sweep(given, arguments, VARIANTS)
+    if given.dry_run and not given.json:
+        print(f"{LBP}: scored on the runs of {METHOD} once they are done; nothing to train")
     if given.dry_run or (given.slurm and given.no_watch) or code in STOPPED:
         return code
     out, console = given.out.absolute(), Console(stderr=given.json)
@@ -79,7 +81,7 @@ def ablations(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     scores: Scores = {variant: points[variant]["categories"] for variant in VARIANTS}
     scores[LBP] = lbp_scores(plan, console)
     write_text(out / RECORD, json.dumps(scores, indent=1))
-    write_text(out / TABLE, "\n".join(markdown(scores)))
+    write_text(out / TABLE, "\n".join(markdown(scores)) + "\n")
     for score in SCORES:
         console.print(table(scores, score), "")
     console.print(f"Tables: {out / TABLE}, {out / RECORD}", highlight=False, markup=False, soft_wrap=True)

@@ -541,7 +541,7 @@ def help_text() -> str:
     """What ``--help`` prints: for each setting its type, default, allowed values and meaning."""
     lines = [
         "usage: deepspeed launch/train.py  [--config FILE] [--SECTION.FIELD VALUE ...] [--dry-run]",
-        "       python launch/evaluate.py  [--config FILE] [--SECTION.FIELD VALUE ...]",
+        "       python launch/evaluate.py  RUN [--SECTION.FIELD VALUE ...]",
         "",
         "Order of precedence: command line, FILE (TOML), preset, default. Lists are separated by commas; `none` clears",
         "a setting that may be absent; a true/false setting may stand alone for true.",

@@ -116,6 +116,8 @@ def find_images(inputs: Sequence[str], out: Path | None = None) -> list[Item]:
                 add(match)
         if not named:
             problem = f"{'holds' if os.path.isdir(given) else 'matches'} no image; give images, or folders of them"
+            if not (glob.has_magic(given) or os.path.lexists(given)):
+                problem = "no such file or folder"
             if inside:
                 problem = f"lies inside --out ({out}), where nothing is scored; give another --out"
             found.setdefault(os.path.abspath(given), Item(given, problem=problem))
@@ -306,6 +308,7 @@ def predict_command(
     """Predicts, and tells a person or a program; returns the exit code.
 
     Raises:
+        DataError: no input names an image; nothing is written.
         WadsError: the results cannot be written, or the model gives numbers that are not finite.
     """
     console, asked = Console(stderr=True), detector.batch_size
@@ -316,7 +319,12 @@ def predict_command(
         if threshold is None:
             text = f"The model has no threshold for {of}: results come without {without}. Give {option} to have one."
             console.print(text, style="yellow", soft_wrap=True)
+    aimed_at = (detector.description.threshold or {}).get("warning")
+    if aimed_at and "saved with the model" in detector.thresholds.source:
+        console.print(f"Of the saved thresholds: {aimed_at}", style="yellow", soft_wrap=True, highlight=False)
     items = find_images(inputs, out)
+    if all(item.problem for item in items):  # what an earlier prediction has left in ``out`` stays
+        raise DataError("\n".join(f"{item.path}: {item.problem}" for item in items))
     try:
         prediction = predict_files(detector, items, out, tile, overlap, console)
     except OSError as error:

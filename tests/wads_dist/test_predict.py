@@ -336,6 +336,34 @@ def test_what_a_model_has_no_threshold_for_is_said(
         assert ("no threshold for images" in told, "no threshold for pixels" in told) == said
 
 
+def test_what_saved_thresholds_cannot_do_is_said_where_they_decide(
+    model: Wads, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved(model, tmp_path / "nut", config)
+    few = {
+        "image": 0.5,
+        "pixel": 0.5,
+        "source": "normal images",
+        "warning": "With 4 images held out, 0.2 of normal images",
+    }
+    (run / "threshold.json").write_text(json.dumps(few))
+    photograph().save(tmp_path / "a.png")
+    arguments = [str(tmp_path / "a.png"), "--model", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for options, said in (([], True), (["--threshold", "0.5", "--pixel-threshold", "0.5"], False)):
+        assert predict_from_command_line(parse([*arguments, *options])) == 0
+        assert ("With 4 images held out" in capsys.readouterr().err) == said
+
+
+def test_an_input_that_names_nothing_leaves_earlier_results_as_they_are(run: Path, tmp_path: Path) -> None:
+    photograph().save(tmp_path / "a.png")
+    arguments = ["--model", str(run), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert predict_from_command_line(parse([str(tmp_path / "a.png"), *arguments])) == 0
+    before = (tmp_path / "out/results.csv").read_bytes()
+    with pytest.raises(DataError, match=r"typo\.png: no such file or folder"):
+        predict_from_command_line(parse([str(tmp_path / "typo.png"), *arguments]))
+    assert (tmp_path / "out/results.csv").read_bytes() == before
+
+
 def test_images_of_too_many_pixels_are_skipped_and_can_be_allowed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,7 +421,7 @@ def test_an_input_inside_the_output_folder_is_a_problem_that_says_so(given: str,
     (item,) = find_images([str(tree / given)], tree / out)
     assert item.problem is not None and "inside --out" in item.problem and str(tree / out) in item.problem
     (item,) = find_images([str(tree / "b/absent.png")], tree / "b")
-    assert item.problem is not None and "matches no image" in item.problem
+    assert item.problem is not None and "no such file or folder" in item.problem
 
 
 def test_links_are_followed_and_a_circle_of_them_ends(tree: Path, tmp_path: Path) -> None:
