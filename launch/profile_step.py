@@ -29,6 +29,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     given, settings = parser.parse_known_args(argv)
     if given.steps < 1:
         parser.error(f"argument --steps: {given.steps} must be at least 1")
+    for name in ("json", "trace"):
+        path = Path(getattr(given, name) or "-")
+        if str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+            parser.error(f"argument --{name}: '{path}' must be a file in a folder that exists")
     return given, settings
 
 

@@ -190,8 +190,8 @@ def shares(own: float, bank: int, images: int) -> tuple[int, int]:
     return wanted, min(bank, round(wanted * (1 - own) / own))
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """``count`` of them, evenly."""
+def evenly(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of them, from all over."""
     return [items[i * len(items) // count] for i in range(count)]
 
 
@@ -221,8 +221,8 @@ class TrainingData:
         self.textures = texture_bank(config.data.textures, config.data.cache, size, device)
         if config.data.own_textures:
             wanted, kept = shares(config.data.own_textures, len(self.textures), len(self.entries))
-            own = decode_entries(dataset, category, spread(self.entries, wanted), size).to(device)
-            self.textures = torch.cat([self.textures[spread(range(len(self.textures)), kept)], own])
+            own = decode_entries(dataset, category, evenly(self.entries, wanted), size).to(device)
+            self.textures = torch.cat([self.textures[evenly(range(len(self.textures)), kept)], own])
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
         """X, X_a, M of the samples with global indices ``sample`` (int64 [B] on the device)."""

@@ -15,7 +15,7 @@ from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.checkpoint_files import write_text
 from wads_dist.config import Config, EvaluationConfig
-from wads_dist.data import TestImages, mean_image
+from wads_dist.data import TestImages, evenly, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError
 from wads_dist.metrics import BinaryMetrics, Truth, binary_metrics, image_score
@@ -161,7 +161,7 @@ class Evaluation:
 
 def kept(total: int) -> list[int]:
     """Indices of the test images that pictures are drawn from."""
-    return [i * total // KEPT for i in range(KEPT)] if total > KEPT else list(range(total))
+    return evenly(range(total), min(total, KEPT))
 
 
 def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks: Ranks) -> Evaluation:

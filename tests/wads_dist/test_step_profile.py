@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.profile_step import parse
 from tests.conftest import REPOSITORY, environment
 from wads_dist.step_profile import PhaseClock
 
@@ -48,7 +49,19 @@ def test_the_command_accounts_for_a_step(tmp_path: Path) -> None:
     assert "aten::convolution_backward" in result["operators"] and "traceEvents" in json.loads(trace.read_text())
 
 
-def test_wrong_options_are_refused() -> None:
-    command = [sys.executable, "launch/profile_step.py", "--steps", "0"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "--steps: 0 must be at least 1" in done.stderr
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "0"], "--steps: 0 must be at least 1"),
+        (
+            ["--json", "/no/such/folder/a.json"],
+            "--json: '/no/such/folder/a.json' must be a file in a folder that exists",
+        ),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(options)
+    assert said in capsys.readouterr().err
