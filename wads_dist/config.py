@@ -237,6 +237,11 @@ class TrainerConfig(_Section):
         description="samples in one forward pass of one rank; gradients accumulate up to the global batch. "
         "none: global batch / ranks",
     )
+    find_batch_size: bool = Field(
+        False,
+        description="before a category is trained, find the trainer.micro_batch_size with which its ranks are fastest in the "
+        "memory they have; the global batch stays",
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the device has it, else fp32; weights and losses stay fp32"
     )
@@ -580,6 +585,8 @@ def _contradictions(config: Config) -> Iterator[str]:
     micro = trainer.micro_batch_size
     if micro is not None and trainer.global_batch_size % micro:
         yield f"trainer.micro_batch_size {micro}: does not divide trainer.global_batch_size {trainer.global_batch_size}"
+    if micro is not None and trainer.find_batch_size:
+        yield f"trainer.micro_batch_size {micro} and trainer.find_batch_size: give one of them"
     if trainer.spike_factor and trainer.spike_patience >= trainer.max_rejected:
         yield (
             f"trainer.spike_patience {trainer.spike_patience}: must be below trainer.max_rejected {trainer.max_rejected}, or "

@@ -91,6 +91,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             )
     if problems:
         raise ConfigError(problems)
+    if stage in (1, 2) and not config.trainer.gradient_clipping:
+        # The trainer has looked at all gradients before it lets an engine step; DeepSpeed would take their norm again, and
+        # wait for the device to read it. (At ZeRO-3 it always does.)
+        settings["zero_optimization"] = {"compute_grad_norm": False} | zero
     return settings
 
 

@@ -125,8 +125,11 @@ def plan_run(config: Config) -> int:
         missing = [name for name in plan.categories if not (config.run.dir / name / METRICS).is_file()]
         console.print(f"to train, in this order: {', '.join(missing) or 'nothing'}", highlight=False)
         micro, accumulation = resolve_batches(config, len(plan.groups[0]))
+        shared = f"{micro} on each rank, {accumulation} times"
+        if config.trainer.find_batch_size:
+            shared = "on each rank as many at a time as is found fastest"
         budget = f"{config.trainer.samples:,} samples each, {config.trainer.global_batch_size} a step"
-        console.print(f"{budget} ({micro} on each rank, {accumulation} times); run: {config.run.dir}", highlight=False)
+        console.print(f"{budget} ({shared}); run: {config.run.dir}", highlight=False)
     return launch.leave(ExitCode.OK)
 
 

@@ -237,7 +237,8 @@ class Trainer:
         finite_losses = torch.isfinite(total + losses.values["discriminator"])
         wants = self.requests()
         report = Report(0.0, 0.0, wants.stop, wants.save, seconds)
-        row = torch.tensor(report, dtype=torch.float64).to(total.device)
+        # From pinned memory a copy to a GPU does not make the host wait.
+        row = torch.tensor(report, dtype=torch.float64, pin_memory=total.is_cuda).to(total.device, non_blocking=True)
         row[0] = engines.finite(grads) & finite_losses
         row[1] = torch.where(finite_losses, total / losses.count, math.nan)
         reports = [Report(*r) for r in self.ranks.gather_rows(row)]

@@ -27,6 +27,7 @@ from kernels.philox import shuffled
 from shards.source import Dataset
 from shards.verify import open_category
 from wads_dist import checkpoint, validation
+from wads_dist.batch_probe import find_batch_size
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, TrainingSplit, rank_samples
 from wads_dist.distributed import Ranks, unname_shared_memory
@@ -147,11 +148,14 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
         minutes = config.checkpoint.every_minutes
         return Requests(stop.requested, bool(minutes) and time.monotonic() - last_save > minutes * 60)
 
-    trainer = Trainer(config, ranks, TrainingData(config, dataset, category, ranks.device), requests, pulse, category)
+    images, events = TrainingData(config, dataset, category, ranks.device), Events(folder, ranks.is_first)
+    if config.trainer.find_batch_size:
+        config, tried = find_batch_size(config, ranks, images, pulse, folder)
+        events.write("batch size", micro_batch_size=config.trainer.micro_batch_size, images_per_second=tried)
+    trainer = Trainer(config, ranks, images, requests, pulse, category)
     pictured = (
         validation.ValidationSamples.of(config, dataset, category, trainer.data) if validation.wanted(trainer) else None
     )
-    events = Events(folder, ranks.is_first)
     resumed = checkpoint.resume(trainer, checkpoints, data, events.write)
     started_at, started = trainer.progress.next_sample, time.monotonic()
     events.write(

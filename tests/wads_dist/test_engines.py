@@ -35,6 +35,21 @@ def test_a_rejected_step_leaves_nothing_behind(run_ranks: Run, micro_batch_size:
 
 
 @pytest.mark.slow
+def test_a_step_reads_the_device_once(run_ranks: Run) -> None:
+    """For the agreement; DeepSpeed's ZeRO-1 and 2 used to wait for a gradient norm in either engine's step besides."""
+    printed = run_ranks("host_reads.py", 1, "0,1,2")[0]
+    print(printed)
+    assert printed.count("1 agreement, 0 other reads") == 3
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_for_the_agreement_only(run_ranks: Run) -> None:
+    """torch itself raises at any other wait (``set_sync_debug_mode``)."""
+    printed = run_ranks("host_reads.py", 1, "0,1,2", accelerator="cuda")[0]
+    assert printed.count("1 agreement, 0 other reads") == 3
+
+
+@pytest.mark.slow
 def test_the_moving_average_is_exported_whole_at_zero_3(run_ranks: Run) -> None:
     """Small parameters stay gathered between ZeRO-3's steps, and were once exported unaveraged."""
     assert "averaged alike" in run_ranks("ema_export.py", 2)[0]

@@ -1,0 +1,60 @@
+"""``trainer.find_batch_size``: what is tried, what is chosen, and that a run which goes on keeps it."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, environment
+from wads_dist.batch_probe import RECORD, choose
+from wads_dist.config import ConfigError, load_config
+
+
+def tried(share: int, **seconds: float) -> dict[int, float]:
+    return choose(share, lambda micro: seconds[f"of_{micro}"])
+
+
+def test_larger_batches_are_tried_until_one_is_slower() -> None:
+    assert list(tried(64, of_8=3, of_16=2, of_32=2.05, of_64=2.5)) == [8, 16, 32, 64]
+    assert list(tried(64, of_8=1, of_16=2)) == [8, 16]
+
+
+def test_what_does_not_fit_ends_the_search() -> None:
+    assert tried(64, of_8=2, of_16=1, of_32=math.inf) == {8: 2, 16: 1, 32: math.inf}
+
+
+def test_fewer_samples_than_batchnorm_likes_are_tried_only_if_more_do_not_fit() -> None:
+    assert tried(48, of_8=math.inf, of_6=math.inf, of_4=1) == {8: math.inf, 6: math.inf, 4: 1}
+    assert tried(6, of_6=1) == {6: 1}
+
+
+def test_it_contradicts_a_given_micro_batch() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.micro_batch_size 8 and trainer.find_batch_size: give one of them"):
+        load_config(["--trainer.micro_batch_size", "8", "--trainer.find_batch_size"])
+
+
+@pytest.mark.slow
+def test_a_run_trains_with_what_was_found_and_goes_on_with_it(demo_shards: Path, tmp_path: Path) -> None:
+    """Two ranks; the second start must not measure again, nor the first train with what it has not recorded."""
+    run = tmp_path / "run"
+    command = (
+        f"{sys.executable} -m deepspeed.launcher.runner --num_accelerators 2 launch/train.py --data.shards {demo_shards} "
+        f"--run.dir {run} --data.categories demo_biscuit --data.image_size 64 --data.store_size 64 --model.backbone resnet18 "
+        "--model.width 8 --model.fpn_width 32 --model.latent 16 --trainer.global_batch_size 32 --trainer.threads 1 "
+        "--trainer.samples 64 --trainer.find_batch_size --checkpoint.every_steps 1 --evaluation.holdout 0"
+    ).split()
+    folder = run / "demo_biscuit"
+    for _ in range(2):
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        (folder / "metrics.json").unlink()  # as if it had ended before its evaluation
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    first, second = (e for e in events if e["event"] == "batch size")
+    assert first["micro_batch_size"] in (8, 16) and "8" in first["images_per_second"]
+    assert second["micro_batch_size"] == first["micro_batch_size"] and second["images_per_second"] == {}
+    newest = max(folder.glob("checkpoints/*/progress.json"), key=lambda p: p.stat().st_mtime)
+    assert f"micro_batch_size = {first['micro_batch_size']}" in json.loads(newest.read_text())["config"]
+    assert json.loads((folder / RECORD).read_text())["world_size"] == 2

@@ -1,0 +1,151 @@
+"""``trainer.find_batch_size``: how many samples a rank should take in one forward pass, by trying.
+
+The global batch is part of the recipe and stays; what is looked for is the micro-batch with which the rank is fastest in the
+memory that it has. The networks are tried without DeepSpeed (whose own autotuner starts a job for each try, and knows one
+engine): without collectives a rank may run out of memory alone, and its peers learn of it afterwards. Weights, gradients and
+Adam's moments are whole, so that at ZeRO 1 to 3 there is memory to spare.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from wads_dist import engines
+from wads_dist.checkpoint_files import write_text
+from wads_dist.config import Config, ConfigError
+from wads_dist.data import TrainingData
+from wads_dist.deepspeed_config import resolve_precision
+from wads_dist.distributed import Ranks
+from wads_dist.kernel_timing import synchronise
+from wads_dist.models import Discriminator, Wads
+from wads_dist.pulse import Pulse
+from wads_dist.trainer import Progress, Trainer, objective_weights
+
+RECORD = "batch_size.json"
+LEAST = 8
+"""Fewer samples are tried only if so many do not fit: BatchNorm's statistics are of one forward pass."""
+STEPS = 3
+SLOWER = 1.1
+"""A try that takes so many times as long for a sample as the best one ends the search."""
+MEMORY = 0.9
+"""The fraction of the memory that a try may reach: fragments, buckets and evaluation need some as well."""
+
+
+class Bare(nn.Module):
+    """A network where the trainer expects DeepSpeed's engine."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor | bool) -> tuple[Tensor, ...]:
+        return self.module(*inputs)
+
+
+class Rehearsal(Trainer):
+    """The trainer's step in plain PyTorch, on this rank alone."""
+
+    def __init__(self, config: Config, ranks: Ranks, data: TrainingData, pulse: Pulse) -> None:
+        self.config, self.ranks, self.data, self.pulse, self.progress = config, ranks, data, pulse, Progress()
+        self.precision = resolve_precision(config.trainer.precision, ranks.device.type)
+        self.weights = objective_weights(config.objective)
+        self.loss_scale = engines.LossScale.for_precision(self.precision)
+        size, rate, betas = config.data.image_size, config.trainer.learning_rate, config.trainer.betas
+        wads = Wads(config.model, size, self.precision).to(ranks.device)
+        discriminator = Discriminator(size, config.model.width, self.precision).to(ranks.device)
+        self.bare = Bare(wads).train(), Bare(discriminator).train()
+        self.gs, self.d = self.bare
+        self.optimizers = [engines.adam(module, rate, betas) for module in self.bare]
+
+    def seconds(self, micro: int) -> float:
+        """Time of the passes of ``micro`` samples; infinite if there is not the memory."""
+        device, elapsed = self.ranks.device, []
+        try:
+            for _ in range(STEPS + 1):  # the first warms up
+                synchronise(device)
+                started = time.perf_counter()
+                total, discriminator, _, _ = self.losses(self.data.batch(torch.arange(micro, device=device)))
+                total.backward()
+                discriminator.backward()
+                synchronise(device)
+                elapsed.append(time.perf_counter() - started)
+                for optimizer in self.optimizers:  # once a global batch, however it is divided: not timed
+                    optimizer.step()
+                    optimizer.zero_grad()
+        except torch.OutOfMemoryError:
+            return math.inf
+        finally:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            used = memory_used(device)
+        return math.inf if used > MEMORY else min(elapsed[1:])
+
+
+def memory_used(device: torch.device) -> float:
+    """The fraction of a GPU's memory that was in use at most since the last call; of this host's, now."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().percent / 100
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    used = (others + torch.cuda.max_memory_allocated(device)) / total
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.empty_cache()
+    return used
+
+
+def choose(share: int, seconds_a_sample: Callable[[int], float]) -> dict[int, float]:
+    """Tries divisors of a rank's ``share`` of the global batch: seconds a sample of each, infinite where it does not fit."""
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    least = min(LEAST, share)
+    tried: dict[int, float] = {}
+    for micro in [n for n in divisors if n >= least]:
+        tried[micro] = seconds_a_sample(micro)
+        if math.isinf(tried[micro]) or tried[micro] > SLOWER * min(tried.values()):
+            break
+    for micro in [n for n in reversed(divisors) if n < least]:
+        if not math.isinf(min(tried.values())):
+            break
+        tried[micro] = seconds_a_sample(micro)
+    return tried
+
+
+def find_batch_size(
+    config: Config, ranks: Ranks, data: TrainingData, pulse: Pulse, folder: Path
+) -> tuple[Config, dict[int, float]]:
+    """``config`` with ``trainer.micro_batch_size`` as found now or, on as many ranks, by an earlier start (it is recorded in
+    ``folder``, so that a run which goes on takes the same steps); and the images/s of each that was tried now. Collective.
+
+    Raises:
+        ConfigError: not even one sample fits.
+    """
+    record, about = (
+        folder / RECORD,
+        {"world_size": ranks.world_size, "global_batch_size": config.trainer.global_batch_size},
+    )
+    before = json.loads(record.read_text()) if record.is_file() else {}
+    found, rates = before.get("micro_batch_size"), {}
+    if found is None or before | about != before:
+        rehearsal = Rehearsal(config, ranks, data, pulse)
+        tried = choose(
+            config.trainer.global_batch_size // ranks.world_size,
+            lambda micro: max(ranks.gather(rehearsal.seconds(micro) / micro)),
+        )
+        found = min(tried, key=lambda micro: tried[micro])
+        if math.isinf(tried[found]):
+            raise ConfigError(
+                [
+                    "trainer.find_batch_size: a step of one sample does not fit into this device's memory; take smaller "
+                    "networks (model.backbone, model.width, data.image_size) or a device that nothing else uses"
+                ]
+            )
+        rates = {micro: round(ranks.world_size / seconds, 3) for micro, seconds in tried.items()}
+        if ranks.is_first:
+            write_text(record, json.dumps(about | {"micro_batch_size": found, "images_per_second": rates}))
+    trainer = config.trainer.model_copy(update={"micro_batch_size": found, "find_batch_size": False})
+    return config.model_copy(update={"trainer": trainer}), rates
