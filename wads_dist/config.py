@@ -152,6 +152,11 @@ class ModelConfig(_Section):
         64, ge=8, multiple_of=8, description="channels of the first convolution of generator and discriminator"
     )
     fpn_width: int = Field(128, ge=32, multiple_of=32, description="channels of the segmenter's feature pyramid")
+    padding: Literal["zeros", "replicate"] = Field(
+        "zeros",
+        description="how the segmenter's pyramid and decoder continue an image beyond its edge; a frame of zeros looks like a "
+        "defect to a network that has seen few samples",
+    )
     latent: int = Field(200, ge=1, description="length of the generator's latent code")
     standardise_code: bool = Field(
         True,

@@ -130,7 +130,14 @@ class Segmenter(nn.Module):
     The last two decoder stages are narrow on purpose: at full resolution a wide 3×3 convolution costs more than the ResNet.
     """
 
-    def __init__(self, backbone: str, fpn_width: int, weights: str = "random", freeze_batchnorm: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        fpn_width: int,
+        weights: str = "random",
+        freeze_batchnorm: bool = False,
+        padding: str = "zeros",
+    ) -> None:
         super().__init__()
         resnet = load_backbone(backbone, weights)
         self.stem = nn.Sequential(widen_to_pairs(resnet.conv1, keep=weights != "random"), resnet.bn1, resnet.relu)
@@ -146,6 +153,8 @@ class Segmenter(nn.Module):
         self.head = nn.Sequential(
             nn.Conv2d(quarter + 6, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 1, 3, padding=1)
         )
+        for module in (self.pyramid, self.reduce, self.refine, self.head):
+            set_padding(module, padding)
         self.freeze_batchnorm = freeze_batchnorm
         if freeze_batchnorm:
             for module in self.modules():
@@ -184,7 +193,9 @@ class Wads(nn.Module):
     def __init__(self, config: ModelConfig, image_size: int, precision: str = "fp32") -> None:
         super().__init__()
         self.generator = Generator(image_size, config.width, config.latent)
-        self.segmenter = Segmenter(config.backbone, config.fpn_width, config.weights, config.freeze_batchnorm)
+        self.segmenter = Segmenter(
+            config.backbone, config.fpn_width, config.weights, config.freeze_batchnorm, config.padding
+        )
         self.segmenter_gradient = config.segmenter_gradient
         self.precision = precision
 
@@ -259,6 +270,13 @@ def widen_to_pairs(conv: nn.Conv2d, keep: bool) -> nn.Conv2d:
     else:
         nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
     return wide
+
+
+def set_padding(module: nn.Module, mode: str) -> None:
+    """How the convolutions in ``module`` continue their input beyond its edge ("zeros", "replicate")."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d) and part.padding != (0, 0):
+            part.padding_mode = mode  # type: ignore[assignment]
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
