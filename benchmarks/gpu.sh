@@ -36,6 +36,7 @@ for backbone in resnet18 resnet50; do
     --trainer.global_batch_size 256 --json "benchmarks/results/$device-step-$backbone.json"
 done
 PYTHONPATH=. step "step beside plain PyTorch" "$python" benchmarks/training_step.py --batch 128 --rounds 20 \
+  --compile default reduce-overhead \
   --json "benchmarks/results/$device-training-step.json"
 step "demo shards" "$python" -m shards demo --out .data/demo --categories 2
 train demo --config configs/demo.toml

@@ -1,6 +1,7 @@
 """The joint training step beside what one would write in plain PyTorch, in one run on one rank.
 
-    PYTHONPATH=. python benchmarks/training_step.py [--backbones resnet18 resnet50] [--batch 16] [--rounds 3] [--json FILE]
+    PYTHONPATH=. python benchmarks/training_step.py [--backbones resnet18 resnet50] [--batch 16] [--rounds 5]
+[--compile default reduce-overhead] [--json FILE]
 
 All train the same networks from the same weights with the same losses; rows take turns, a step each, and medians are compared:
 
@@ -9,6 +10,8 @@ All train the same networks from the same weights with the same losses; rows tak
 * ``eager channels_last bf16``: the same loop with channels_last, autocast, fused Adam and our compiled losses.
 * ``our step, no DeepSpeed``: the trainer's step with synthesis, in plain PyTorch.
 * ``ours``: ``Trainer.step``, what a run does: synthesis, both engines, the agreement on finiteness.
+* with ``--compile MODE ...``, ``ours, MODE``: the same with the networks compiled by torch.compile in that mode (``default``;
+  ``reduce-overhead``, which on a GPU means CUDA graphs; ``max-autotune``). One that fails says why and is left out.
 """
 
 import argparse
@@ -16,11 +19,12 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -98,24 +102,51 @@ class PlainLoop:
         return WithGradient.apply(x_hat, value.detach(), gradient, 1.0), lambda: loss
 
 
-def compare(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
+class Ours:
+    """The trainer, its networks compiled if a mode of torch.compile is given."""
+
+    def __init__(self, config: Config, ranks: Ranks, mode: str | None = None) -> None:
+        self.trainer = Trainer(config, ranks, RandomImages(config, ranks.device))  # type: ignore[arg-type]
+        self.position = 0
+        for engine in self.trainer.both:
+            engine.train()
+            if mode:
+                engine.module.compile(mode=mode)
+
+    def step(self) -> None:
+        self.trainer.step(self.position)
+        self.position += self.trainer.config.trainer.global_batch_size
+
+
+def compiled(config: Config, ranks: Ranks, mode: str) -> Callable[[], None] | str:
+    """The step with compiled networks once it is compiled; or why there is none."""
+    torch._functorch.config.donated_buffer = False  # the discriminator's graph serves two backward passes
+    try:
+        ours, started = Ours(config, ranks, mode), time.perf_counter()
+        for _ in range(3):
+            ours.step()
+        synchronise(ranks.device)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    print(f"torch.compile, {mode}: {time.perf_counter() - started:.0f} s for the first steps")
+    return ours.step
+
+
+def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> dict[str, Any]:
     """Median seconds of a step of each, over ``rounds`` rounds in which all take turns."""
-    trainer = Trainer(config, ranks, RandomImages(config, ranks.device))  # type: ignore[arg-type]
-    trainer.gs.train()
-    trainer.d.train()
-    position = 0
-
-    def ours() -> None:
-        nonlocal position
-        trainer.step(position)
-        position += config.trainer.global_batch_size
-
+    ours = Ours(config, ranks)
     steps: dict[str, Callable[[], None]] = {
         "eager NCHW fp32": PlainLoop(config, ranks.device, tuned=False, synthesis=False, shared=False).step,
         "eager channels_last bf16": PlainLoop(config, ranks.device, tuned=True, synthesis=False, shared=False).step,
         "our step, no DeepSpeed": PlainLoop(config, ranks.device, tuned=True, synthesis=True, shared=True).step,
-        "ours": ours,
+        "ours": ours.step,
     }
+    for mode in modes:
+        step = compiled(config, ranks, mode)
+        if isinstance(step, str):
+            print(f"torch.compile, {mode}: failed; {step}")
+        else:
+            steps[f"ours, {mode}"] = step
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 1):  # the first warms up
         for name, step in steps.items():
@@ -132,7 +163,7 @@ def compare(config: Config, ranks: Ranks, rounds: int) -> dict[str, Any]:
         "width": config.model.width,
         "image_size": config.data.image_size,
         "batch": batch,
-        "precision": trainer.precision,
+        "precision": ours.trainer.precision,
         "images_per_second": {name: batch / value for name, value in seconds.items()},
         "ours_is_times": {name: value / seconds["ours"] for name, value in seconds.items()},
     }
@@ -143,6 +174,9 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--compile", nargs="+", default=[], metavar="MODE", help="also with torch.compile in these modes"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
@@ -155,7 +189,7 @@ def main() -> None:
         base = ["--model.backbone", backbone, *sizes, "--trainer.global_batch_size", str(given.batch)]
         config = load_config([*base, "--trainer.deepspeed", "configs/deepspeed/zero0.json", *settings])
         ranks = ranks or initialise(config, threads_of(config))
-        results.append(result := compare(config, ranks, given.rounds))
+        results.append(result := compare(config, ranks, given.rounds, given.compile))
         table = Table(
             "",
             "images/s",
