@@ -51,6 +51,9 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     """A DeepSpeed engine around ``module`` that prints nothing about itself."""
     deepspeed.utils.logger.setLevel("WARNING")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if engine.zero_optimization_stage() == 0 and engine.world_size == 1:
+        # There is nobody to average gradients with, and DeepSpeed would copy them all into one buffer and back.
+        engine.enable_backward_allreduce = False
     return engine
 
 

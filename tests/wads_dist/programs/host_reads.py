@@ -1,4 +1,5 @@
-"""One rank: what of a training step reads the device's numbers on the host, at each ZeRO stage.
+"""One rank: what of a training step reads the device's numbers on the host, at each ZeRO stage; and whether a lone rank copies
+its gradients.
 
 On a GPU every such read waits for all that was launched before, and torch itself reports them (``set_sync_debug_mode``). On a
 CPU reads are counted as they pass the dispatcher; ``Tensor.tolist`` does not pass it, and is counted where it is called.
@@ -27,6 +28,8 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.joined = 0
+        """Elements of the largest tensor that was put together from others."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -34,7 +37,10 @@ class Reads(TorchDispatchMode):
         if func.name().split(".")[0] in READS:
             callers = [f for f in traceback.extract_stack() if f.filename != __file__ and "/torch/" not in f.filename]
             self.found.append(f"{func.name()} at {callers[-1].filename}:{callers[-1].lineno}")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func.name() == "aten::cat":
+            self.joined = max(self.joined, result.numel())
+        return result
 
 
 class Agreements:
@@ -69,6 +75,9 @@ for stage in sys.argv[1].split(","):
         trainer.step(24)
     agreements.forbid_waiting(False)
     print(f"ZeRO-{stage}: {agreements.count} agreement, {len(reads.found)} other reads")
+    if stage == "0" and not agreements.on_gpu:
+        parameters = sum(p.numel() for p in trainer.gs.module.parameters())
+        print(f"  gradients are {'copied' if reads.joined > parameters / 2 else 'left where they are'}")
     for place, count in Counter(reads.found).items():
         print(f"  {count} x {place}")
 leave()
