@@ -41,7 +41,8 @@ def shards(module_path: Path) -> Path:
 def undisturbed(shards: Path, module_path: Path) -> Path:
     """The run of a sweep on this machine, without Slurm."""
     out = module_path / "sweep"
-    command = ["python", "launch/sweep.py", "--out", str(out), "--ranks", "1", "--data.shards", str(shards), *OPTIONS]
+    # Two groups of one rank, as the tasks are.
+    command = ["python", "launch/sweep.py", "--out", str(out), "--ranks", "2", "--data.shards", str(shards), *OPTIONS]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     return out / "run"
