@@ -157,6 +157,9 @@ class ModelConfig(_Section):
         description="how the segmenter's pyramid and decoder continue an image beyond its edge; a frame of zeros looks like a "
         "defect to a network that has seen few samples",
     )
+    difference: bool = Field(
+        False, description="the segmenter sees |image - reconstruction| as well as the two: three channels more"
+    )
     latent: int = Field(200, ge=1, description="length of the generator's latent code")
     standardise_code: bool = Field(
         True,

@@ -137,10 +137,14 @@ class Segmenter(nn.Module):
         weights: str = "random",
         freeze_batchnorm: bool = False,
         padding: str = "zeros",
+        difference: bool = False,
     ) -> None:
         super().__init__()
         resnet = load_backbone(backbone, weights)
-        self.stem = nn.Sequential(widen_to_pairs(resnet.conv1, keep=weights != "random"), resnet.bn1, resnet.relu)
+        self.difference = difference
+        seen = 9 if difference else 6
+        stem = widen(resnet.conv1, seen, keep=weights != "random")
+        self.stem = nn.Sequential(stem, resnet.bn1, resnet.relu)
         self.pool = resnet.maxpool
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
         widths = [resnet.fc.in_features // 2**i for i in (3, 2, 1, 0)]
@@ -151,7 +155,7 @@ class Segmenter(nn.Module):
         self.refine = _conv(half, quarter)
         # At full resolution a normalisation costs as much as the convolution (on a CPU, more): there is none.
         self.head = nn.Sequential(
-            nn.Conv2d(quarter + 6, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 1, 3, padding=1)
+            nn.Conv2d(quarter + seen, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 1, 3, padding=1)
         )
         for module in (self.pyramid, self.reduce, self.refine, self.head):
             set_padding(module, padding)
@@ -174,6 +178,8 @@ class Segmenter(nn.Module):
     def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
         """X_a, X̂ [N, 3, H, H] in [0, 1] -> logits [N, 1, H, H]."""
         pair = torch.cat([image, reconstruction], 1) * 2 - 1
+        if self.difference:
+            pair = torch.cat([pair, (image - reconstruction).abs()], 1)
         stem = self.stem(pair)
         features, x = {}, self.pool(stem)
         for i, stage in enumerate(self.stages):
@@ -260,13 +266,14 @@ def load_backbone(name: str, weights: str) -> torchvision.models.ResNet:
     return resnet
 
 
-def widen_to_pairs(conv: nn.Conv2d, keep: bool) -> nn.Conv2d:
-    """The ResNet's first convolution for the six channels of (X_a, X̂). Loaded weights are halved and used for both images,
-    so that an image beside a perfect reconstruction excites the stem as the image alone did."""
-    wide = nn.Conv2d(6, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)  # type: ignore[arg-type]
+def widen(conv: nn.Conv2d, channels: int, keep: bool) -> nn.Conv2d:
+    """The ResNet's first convolution for the channels of (X_a, X̂) and perhaps their difference. Loaded weights are halved and
+    used for both images, so that an image beside a perfect reconstruction excites the stem as the image alone did."""
+    wide = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)  # type: ignore[arg-type]
     if keep:
         with torch.no_grad():
-            wide.weight.copy_(torch.cat([conv.weight, conv.weight], 1) / 2)
+            wide.weight[:, :6].copy_(torch.cat([conv.weight, conv.weight], 1) / 2)
+            wide.weight[:, 6:].zero_()
     else:
         nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
     return wide
