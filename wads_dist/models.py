@@ -130,20 +130,12 @@ class Segmenter(nn.Module):
     The last two decoder stages are narrow on purpose: at full resolution a wide 3×3 convolution costs more than the ResNet.
     """
 
-    def __init__(
-        self,
-        backbone: str,
-        fpn_width: int,
-        weights: str = "random",
-        freeze_batchnorm: bool = False,
-        padding: str = "zeros",
-        difference: bool = False,
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        resnet = load_backbone(backbone, weights)
-        self.difference = difference
-        seen = 9 if difference else 6
-        stem = widen(resnet.conv1, seen, keep=weights != "random")
+        resnet, fpn_width = load_backbone(config.backbone, config.weights), config.fpn_width
+        self.difference, self.freeze_batchnorm = config.difference, config.freeze_batchnorm
+        seen = 9 if config.difference else 6
+        stem = widen(resnet.conv1, seen, keep=config.weights != "random")
         self.stem = nn.Sequential(stem, resnet.bn1, resnet.relu)
         self.pool = resnet.maxpool
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
@@ -158,9 +150,8 @@ class Segmenter(nn.Module):
             nn.Conv2d(quarter + seen, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 1, 3, padding=1)
         )
         for module in (self.pyramid, self.reduce, self.refine, self.head):
-            set_padding(module, padding)
-        self.freeze_batchnorm = freeze_batchnorm
-        if freeze_batchnorm:
+            set_padding(module, config.padding)
+        if config.freeze_batchnorm:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.requires_grad_(False)
@@ -177,10 +168,10 @@ class Segmenter(nn.Module):
 
     def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
         """X_a, X̂ [N, 3, H, H] in [0, 1] -> logits [N, 1, H, H]."""
-        pair = torch.cat([image, reconstruction], 1) * 2 - 1
+        seen = torch.cat([image, reconstruction], 1) * 2 - 1
         if self.difference:
-            pair = torch.cat([pair, (image - reconstruction).abs()], 1)
-        stem = self.stem(pair)
+            seen = torch.cat([seen, (image - reconstruction).abs()], 1)
+        stem = self.stem(seen)
         features, x = {}, self.pool(stem)
         for i, stage in enumerate(self.stages):
             x = stage(x)
@@ -190,7 +181,7 @@ class Segmenter(nn.Module):
         for level in levels[1:]:
             x = x + _upsample(level, x)
         x = self.refine(_upsample(self.reduce(x), stem) + self.lateral(stem))
-        return self.head(torch.cat([_upsample(x, pair), pair], 1))
+        return self.head(torch.cat([_upsample(x, seen), seen], 1))
 
 
 class Wads(nn.Module):
@@ -199,9 +190,7 @@ class Wads(nn.Module):
     def __init__(self, config: ModelConfig, image_size: int, precision: str = "fp32") -> None:
         super().__init__()
         self.generator = Generator(image_size, config.width, config.latent)
-        self.segmenter = Segmenter(
-            config.backbone, config.fpn_width, config.weights, config.freeze_batchnorm, config.padding
-        )
+        self.segmenter = Segmenter(config)
         self.segmenter_gradient = config.segmenter_gradient
         self.precision = precision
 

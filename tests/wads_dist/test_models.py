@@ -72,22 +72,46 @@ def test_segmentation_gradients_stop_at_the_generator_when_told_to() -> None:
 
 
 def test_frozen_batchnorm_keeps_its_statistics() -> None:
-    segmenter = Segmenter("resnet18", 32, freeze_batchnorm=True).train()
+    # The weights are no question here.
+    segmenter = Segmenter(SMALL.model_copy(update={"freeze_batchnorm": True})).train()
     before = {n: b.clone() for n, b in segmenter.named_buffers()}
     segmenter(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64))
     assert all(torch.equal(b, before[n]) for n, b in segmenter.named_buffers())
 
 
+def test_the_segmenter_is_told_where_image_and_reconstruction_differ() -> None:
+    seen: list[torch.Tensor] = []
+    segmenter = Segmenter(SMALL.model_copy(update={"difference": True})).eval()
+    segmenter.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    image, reconstruction = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64)
+    assert segmenter(image, reconstruction).shape == (1, 1, 64, 64)
+    assert torch.equal(seen[0][:, 6:], (image - reconstruction).abs()) and seen[0].shape[1] == 9
+
+
+def test_a_replicated_edge_is_no_edge() -> None:
+    """To the decoder: with a constant image beyond it, a constant image has a constant map; zeros leave a frame."""
+    flat = torch.full((1, 3, 64, 64), 0.3)
+    spread = {}
+    for padding in ("zeros", "replicate"):
+        torch.manual_seed(0)
+        segmenter = Segmenter(SMALL.model_copy(update={"padding": padding})).eval()
+        ones = torch.ones(1, segmenter.head[0].in_channels, 16, 16)
+        spread[padding] = float(segmenter.head(ones).std())
+        assert segmenter(flat, flat).shape == (1, 1, 64, 64)
+    assert spread["replicate"] < 1e-6 < spread["zeros"]
+
+
+@pytest.mark.parametrize("difference", [False, True])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_pretrained_weights_of_a_local_file(tmp_path: Path, suffix: str) -> None:
+def test_pretrained_weights_of_a_local_file(tmp_path: Path, suffix: str, difference: bool) -> None:
     torch.manual_seed(3)
     source = torchvision.models.resnet18(weights=None)
     path = tmp_path / f"resnet18{suffix}"
     save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
-    segmenter = Segmenter("resnet18", 32, str(path))
+    segmenter = Segmenter(SMALL.model_copy(update={"weights": str(path), "difference": difference}))
     assert torch.equal(segmenter.stages[0][0].conv1.weight, source.layer1[0].conv1.weight)
     image = torch.rand(1, 3, 64, 64)
-    stem = segmenter.stem[0](torch.cat([image, image], 1))
+    stem = segmenter.stem[0](torch.cat([image] * (3 if difference else 2), 1))
     assert torch.allclose(stem, source.conv1(image), atol=1e-5)  # beside a perfect reconstruction nothing has changed
 
 
