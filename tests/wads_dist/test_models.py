@@ -96,7 +96,7 @@ def test_a_replicated_edge_is_no_edge() -> None:
         torch.manual_seed(0)
         segmenter = Segmenter(SMALL.model_copy(update={"padding": padding})).eval()
         ones = torch.ones(1, segmenter.head[0].in_channels, 16, 16)
-        spread[padding] = float(segmenter.head(ones).std())
+        spread[padding] = segmenter.head(ones).std().item()
         assert segmenter(flat, flat).shape == (1, 1, 64, 64)
     assert spread["replicate"] < 1e-6 < spread["zeros"]
 
