@@ -154,8 +154,14 @@ class ModelConfig(_Section):
     fpn_width: int = Field(128, ge=32, multiple_of=32, description="channels of the segmenter's feature pyramid")
     padding: Literal["zeros", "replicate"] = Field(
         "zeros",
-        description="how the segmenter's pyramid and decoder continue an image beyond its edge; a frame of zeros looks like a "
-        "defect to a network that has seen few samples",
+        description="how the generator's decoder, the segmenter's pyramid and its decoder continue their maps beyond the "
+        "edge; a frame of zeros looks like a defect to a network that has seen few samples",
+    )
+    smoothing: float = Field(
+        0.0,
+        ge=0,
+        le=0.1,
+        description="sigma of a Gaussian over the predicted probability map, as a fraction of the image's side (0: none)",
     )
     difference: bool = Field(
         False, description="the segmenter sees |image - reconstruction| as well as the two: three channels more"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
+from torchvision.transforms.functional import gaussian_blur
 
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
@@ -61,10 +62,25 @@ def bilinear_init_(up: nn.ConvTranspose2d) -> None:
     up.weight.copy_(pair * kernel)
 
 
+class Up(nn.ConvTranspose2d):
+    """Doubles the side, by a 4×4 kernel. Each output sees 2×2 inputs; those beyond the edge are zeros, which leave a frame on
+    every reconstruction, or (``padding`` "replicate") continue the map."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool, padding: str) -> None:
+        super().__init__(in_channels, out_channels, 4, stride=2, padding=1, bias=bias)
+        self.replicate = padding == "replicate"
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not self.replicate:
+            return super().forward(x, output_size)
+        # One input more on either side is two outputs more, which are cut off again.
+        return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.weight, self.bias, stride=2, padding=3)
+
+
 class Generator(nn.Module):
     """Encoder to a latent code Z of ``latent`` numbers, decoder back to an image; no skip connections."""
 
-    def __init__(self, image_size: int, width: int, latent: int) -> None:
+    def __init__(self, image_size: int, width: int, latent: int, padding: str = "zeros") -> None:
         super().__init__()
         self.stack, channels = encoder_stack(3, width, image_size)
         self.code = nn.Conv2d(channels, latent, BOTTLENECK)
@@ -72,11 +88,11 @@ class Generator(nn.Module):
         for stage in reversed(range(int(math.log2(image_size // BOTTLENECK)))):
             layers += [group_norm(channels), nn.ReLU(inplace=True)]
             out = width * min(2 ** (stage - 1), 8) if stage else 3
-            layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1, bias=stage == 0)]
+            layers += [Up(channels, out, bias=stage == 0, padding=padding)]
             channels = out
         self.decoder = nn.Sequential(*layers)
-        for layer in layers[1:]:
-            if isinstance(layer, nn.ConvTranspose2d):
+        for layer in layers:
+            if isinstance(layer, Up):
                 bilinear_init_(layer)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -189,9 +205,9 @@ class Wads(nn.Module):
 
     def __init__(self, config: ModelConfig, image_size: int, precision: str = "fp32") -> None:
         super().__init__()
-        self.generator = Generator(image_size, config.width, config.latent)
+        self.generator = Generator(image_size, config.width, config.latent, config.padding)
         self.segmenter = Segmenter(config)
-        self.segmenter_gradient = config.segmenter_gradient
+        self.segmenter_gradient, self.sigma = config.segmenter_gradient, config.smoothing * image_size
         self.precision = precision
 
     def forward(self, clean: Tensor, anomalous: Tensor, detach_code: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,7 +231,10 @@ class Wads(nn.Module):
         """Image [N, 3, H, H] in [0, 1] -> X̂, anomaly probability [N, H, H] float32, code Ẑ [N, latent]."""
         code = self.generator.encode(image)
         reconstruction = self.generator.decode(code)
-        return reconstruction, torch.sigmoid(self.segmenter(image, reconstruction).float()).squeeze(1), code
+        probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
+        if self.sigma:
+            probability = gaussian_blur(probability, 2 * math.ceil(3 * self.sigma) + 1, self.sigma)
+        return reconstruction, probability.squeeze(1), code
 
 
 def load_backbone(name: str, weights: str) -> torchvision.models.ResNet:

@@ -1,13 +1,14 @@
 from pathlib import Path
 
 import pytest
+import scipy.ndimage
 import torch
 import torchvision
 from safetensors.torch import save_file
 
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
-from wads_dist.models import Discriminator, Segmenter, Wads, load_backbone
+from wads_dist.models import Discriminator, Segmenter, Up, Wads, bilinear_init_, load_backbone
 
 SMALL = ModelConfig(backbone="resnet18", width=8, fpn_width=32, latent=200)
 
@@ -89,7 +90,7 @@ def test_the_segmenter_is_told_where_image_and_reconstruction_differ() -> None:
 
 
 def test_a_replicated_edge_is_no_edge() -> None:
-    """To the decoder: with a constant image beyond it, a constant image has a constant map; zeros leave a frame."""
+    """To the decoders: with a constant map beyond it, a constant map has a constant result; zeros leave a frame."""
     flat = torch.full((1, 3, 64, 64), 0.3)
     spread = {}
     for padding in ("zeros", "replicate"):
@@ -99,6 +100,36 @@ def test_a_replicated_edge_is_no_edge() -> None:
         spread[padding] = segmenter.head(ones).std().item()
         assert segmenter(flat, flat).shape == (1, 1, 64, 64)
     assert spread["replicate"] < 1e-6 < spread["zeros"]
+    for padding in ("zeros", "replicate"):
+        up = Up(8, 4, bias=True, padding=padding)
+        bilinear_init_(up)
+        plane = up(torch.ones(1, 8, 6, 6))
+        assert plane.shape == (1, 4, 12, 12)
+        spread[padding] = plane.std((2, 3)).max().item()
+    assert spread["replicate"] < 1e-6 < spread["zeros"]
+
+
+def test_within_the_edge_a_replicated_map_is_enlarged_as_any_other() -> None:
+    torch.manual_seed(0)
+    zeros, replicate = (Up(8, 4, bias=True, padding=padding) for padding in ("zeros", "replicate"))
+    replicate.load_state_dict(zeros.state_dict())
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.allclose(zeros(x)[..., 1:-1, 1:-1], replicate(x)[..., 1:-1, 1:-1], atol=1e-6)
+
+
+def test_predictions_are_smoothed_and_keep_their_mean() -> None:
+    torch.manual_seed(0)
+    rough = Wads(SMALL, 64).eval()
+    smooth = Wads(SMALL.model_copy(update={"smoothing": 2 / 64}), 64).eval()
+    smooth.load_state_dict(rough.state_dict())
+    x = torch.rand(1, 3, 64, 64)
+    a, b = rough.predict(x)[1], smooth.predict(x)[1]
+    assert a.shape == b.shape and b.std() < a.std()
+    assert torch.allclose(b[0, 20, 30], gaussian_filter(a, 2)[0, 20, 30], rtol=1e-3)
+
+
+def gaussian_filter(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    return torch.from_numpy(scipy.ndimage.gaussian_filter(x.numpy(), (0, sigma, sigma), mode="mirror", truncate=3))
 
 
 @pytest.mark.parametrize("difference", [False, True])
