@@ -105,7 +105,7 @@ def test_a_data_source_on_the_command_line_replaces_the_files(
         ("--trainer 5", "trainer: is a section"),
         ("--trainer.seed.x 5", "trainer.seed: got {'x': '5'}"),
         ("stray", "stray: unexpected argument"),
-        ("--preset best", "preset: got 'best'; allowed: wads, paper_literal"),
+        ("--preset best", "preset: got 'best'; allowed: wads, paper_literal, wads_plus"),
         ("--data.image_size 96", "data.image_size: got '96'; must be a power of two"),
         ("--data.categories all,a", "data.categories: got 'all,a'; \"all\" cannot be mixed with names"),
         ("--data.categories a,a", "given more than once: a"),

@@ -85,6 +85,15 @@ def test_both_formats_say_what_the_checkpoint_says(exported: tuple[Path, dict]) 
     assert json.loads((folder / "export/model.json").read_text()) == content
 
 
+def test_the_parts_of_wads_plus_are_exported_too(tmp_path: Path) -> None:
+    needs_onnx()
+    trained(tmp_path / "nut", f"{SMALL} --preset wads_plus")
+    content = export(tmp_path / "nut", tmp_path / "export", ["onnx", "torch"], None)
+    assert content["agrees"]
+    for name in ("onnx", "torch"):
+        assert max(content["formats"][name]["parity"].values()) <= TOLERANCE
+
+
 def test_any_number_of_images_goes_in(exported: tuple[Path, dict]) -> None:
     import onnxruntime
 
