@@ -59,9 +59,8 @@ class Rehearsal(Trainer):
         size, rate, betas = config.data.image_size, config.trainer.learning_rate, config.trainer.betas
         wads = Wads(config.model, size, self.precision).to(ranks.device)
         discriminator = Discriminator(size, config.model.width, self.precision).to(ranks.device)
-        self.bare = Bare(wads).train(), Bare(discriminator).train()
-        self.gs, self.d = self.bare
-        self.optimizers = [engines.adam(module, rate, betas) for module in self.bare]
+        self.gs, self.d = Bare(wads).train(), Bare(discriminator).train()
+        self.optimizers = [engines.adam(network, rate, betas) for network in self.both]
 
     def seconds(self, micro: int) -> float:
         """Time of the passes of ``micro`` samples; infinite if there is not the memory."""
@@ -124,10 +123,8 @@ def find_batch_size(
     Raises:
         ConfigError: not even one sample fits.
     """
-    record, about = (
-        folder / RECORD,
-        {"world_size": ranks.world_size, "global_batch_size": config.trainer.global_batch_size},
-    )
+    record = folder / RECORD
+    about = {"world_size": ranks.world_size, "global_batch_size": config.trainer.global_batch_size}
     before = json.loads(record.read_text()) if record.is_file() else {}
     found, rates = before.get("micro_batch_size"), {}
     if found is None or before | about != before:
