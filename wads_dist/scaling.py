@@ -74,7 +74,6 @@ def step_collectives(
         elif stage < 3:
             calls.append(Collective("all_reduce", FLOAT * elements / buckets, buckets))
             calls.append(Collective("all_gather", padded([elements], 2 * ranks)))
-            calls.append(Collective("all_reduce", 4))  # the gradients' norm
         else:
             small, large = [n for n in tensors if n <= persistent], [n for n in tensors if n > persistent]
             calls.append(Collective("reduce_scatter", padded(tensors) / buckets, buckets))
