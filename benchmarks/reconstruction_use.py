@@ -42,8 +42,7 @@ class Shown(Wads):
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         reconstruction, _, code = self.model.predict(image)
-        logits = self.model.segmenter(image, self.shown(image, reconstruction))
-        return reconstruction, torch.sigmoid(logits.float()).squeeze(1), code
+        return reconstruction, self.model.segment(image, self.shown(image, reconstruction)), code
 
 
 def scores(run: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:

@@ -227,14 +227,19 @@ class Wads(nn.Module):
             return reconstruction, self.segmenter(anomalous, seen), code, anomalous_code
 
     @torch.no_grad()
+    def segment(self, image: Tensor, reconstruction: Tensor) -> Tensor:
+        """Anomaly probability [N, H, H] float32 of an image beside a reconstruction [N, 3, H, H] in [0, 1]."""
+        probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
+        if self.sigma:
+            probability = gaussian_blur(probability, 2 * math.ceil(3 * self.sigma) + 1, self.sigma)
+        return probability.squeeze(1)
+
+    @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image [N, 3, H, H] in [0, 1] -> X̂, anomaly probability [N, H, H] float32, code Ẑ [N, latent]."""
         code = self.generator.encode(image)
         reconstruction = self.generator.decode(code)
-        probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
-        if self.sigma:
-            probability = gaussian_blur(probability, 2 * math.ceil(3 * self.sigma) + 1, self.sigma)
-        return reconstruction, probability.squeeze(1), code
+        return reconstruction, self.segment(image, reconstruction), code
 
 
 def load_backbone(name: str, weights: str) -> torchvision.models.ResNet:
