@@ -35,7 +35,8 @@ def parse(
             "--grid multiply. Values that hold commas are separated by semicolons")  # fmt: skip
         add("--variants", type=Path, metavar="FILE", help="TOML file with a table of settings for each of several variants; "
             "every point of the grid in each of them")  # fmt: skip
-    parser.set_defaults(grid=[], variants=None)
+        add("--only", metavar="A,B,...", help="these of the variants; others may be added later")
+    parser.set_defaults(grid=[], variants=None, only=None)
     add("--seeds", type=int, metavar="N", help="N runs for each point of the grid, trainer.seed counting up")
     add("--ranks", type=int, metavar="N", help="processes of a launch (default: one for each GPU)")
     add("--dry-run", action="store_true", help="print the plan (and the job script), and write nothing")
@@ -59,6 +60,8 @@ def parse(
     for action in asked:
         if not given.slurm and getattr(given, action.dest) != action.default:
             parser.error(f"argument {action.option_strings[0]}: goes with --slurm")
+    if given.only and not given.variants:
+        parser.error("argument --only: goes with --variants")
     for name in ("seeds", "ranks", "array_limit", "gpus", "cpus", "signal_before"):
         if (value := getattr(given, name)) is not None and value < 1:
             parser.error(f"argument --{name.replace('_', '-')}: {value} must be at least 1")

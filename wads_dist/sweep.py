@@ -53,7 +53,7 @@ def sweep(
         return run_task(load(out), given.task)
     console = Console(stderr=given.json)
     if given.variants:
-        variants = read_variants(given.variants)
+        variants = read_variants(given.variants, given.only)
     runs = plan_runs(out, arguments, parse_grid(given.grid), given.seeds, build=not given.dry_run, variants=variants)
     options = None
     if given.slurm:

@@ -116,11 +116,14 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def read_variants(path: Path) -> dict[str, dict[str, str]]:
+def read_variants(path: Path, only: str | None = None) -> dict[str, dict[str, str]]:
     """A TOML file with a table for each variant, of the settings that it changes: name → path → value.
 
+    Args:
+        only: names of those that are wanted, separated by commas; None: all.
+
     Raises:
-        ConfigError: it cannot be read, or holds anything else.
+        ConfigError: it cannot be read, holds anything else, or lacks one that is wanted.
     """
 
     def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -143,9 +146,11 @@ def read_variants(path: Path) -> dict[str, dict[str, str]]:
         problems += [
             f"--variants {path}: {name}: {s} cannot be varied within a sweep" for s in settings if s in NOT_IN_GRID
         ]
-    if problems:
-        raise ConfigError(problems)
-    return variants
+    wanted = list(variants) if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    problems += [f"--only {name}: {path} has {', '.join(variants)}" for name in wanted if name not in variants]
+    if problems or not wanted:
+        raise ConfigError(problems or [f"--only {only!r}: names no variant"])
+    return {name: variants[name] for name in wanted}
 
 
 def plan_runs(

@@ -92,6 +92,16 @@ def test_variants_are_tables_of_settings(settings: list[str], tmp_path: Path) ->
     assert runs["base"].settings["objective.kl.rho"] == 0.1
 
 
+def test_some_of_the_variants_are_taken_in_the_order_given(tmp_path: Path) -> None:
+    file = tmp_path / "variants.toml"
+    file.write_text("[a]\n[b]\n[c]\ntrainer.seed = 3")
+    assert read_variants(file, "c, a") == {"c": {"trainer.seed": "3"}, "a": {}}
+    with pytest.raises(ConfigError, match=r"--only d: .*variants.toml has a, b, c"):
+        read_variants(file, "a,d")
+    with pytest.raises(ConfigError, match="names no variant"):
+        read_variants(file, ",")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
