@@ -268,6 +268,16 @@ def test_clipping_is_always_written_because_deepspeeds_default_is_not_off() -> N
 
 
 @pytest.mark.parametrize(
+    ("stage", "clipping", "off"), [(1, "0", True), (2, "0", True), (1, "0.5", False), (3, "0", False)]
+)
+def test_no_norm_is_computed_that_nobody_uses(stage: int, clipping: str, off: bool) -> None:
+    """DeepSpeed would wait for it; it refuses to go without where it clips, and at ZeRO-3."""
+    file = f"configs/deepspeed/zero{stage}.json"
+    config = load_config(["--trainer.deepspeed", file, "--trainer.gradient_clipping", clipping])
+    assert (deepspeed_config(config, 2)["zero_optimization"].get("compute_grad_norm") is False) == off
+
+
+@pytest.mark.parametrize(
     "content, expected",
     [
         ({"train_batch_size": 32}, "train_batch_size is 32, but trainer.global_batch_size makes it 64"),
