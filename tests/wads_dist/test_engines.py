@@ -40,7 +40,7 @@ def test_a_step_reads_the_device_once(run_ranks: Run) -> None:
     printed = run_ranks("host_reads.py", 1, "0,1,2")[0]
     print(printed)
     assert printed.count("1 agreement, 0 other reads") == 3
-    # DeepSpeed's all-reduce among one rank: all gradients into one buffer and back, a quarter of a small step on a CPU.
+    # DeepSpeed's all-reduce among one rank: all gradients into one buffer and back.
     assert "gradients are left where they are" in printed
 
 

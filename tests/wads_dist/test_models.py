@@ -117,7 +117,7 @@ def test_within_the_edge_a_replicated_map_is_enlarged_as_any_other() -> None:
     assert torch.allclose(zeros(x)[..., 1:-1, 1:-1], replicate(x)[..., 1:-1, 1:-1], atol=1e-6)
 
 
-def test_predictions_are_smoothed_and_keep_their_mean() -> None:
+def test_predictions_are_smoothed_by_a_gaussian() -> None:
     torch.manual_seed(0)
     rough = Wads(SMALL, 64).eval()
     smooth = Wads(SMALL.model_copy(update={"smoothing": 2 / 64}), 64).eval()
