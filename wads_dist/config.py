@@ -163,6 +163,14 @@ class ModelConfig(_Section):
         le=0.1,
         description="sigma of a Gaussian over the predicted probability map, as a fraction of the image's side (0: none)",
     )
+    error_weight: float = Field(
+        0.0,
+        ge=0,
+        le=4,
+        description="w of the reconstruction's error e in the anomaly probability, whose odds are multiplied by "
+        "((e + 0.02) / 0.1)^w, e the mean |image - reconstruction| over RGB; smoothed as the probability is (0: the segmenter "
+        "alone)",
+    )
     difference: bool = Field(
         False, description="the segmenter sees |image - reconstruction| as well as the two: three channels more"
     )
@@ -466,9 +474,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
         "model.difference": True,
+        "model.error_weight": 0.5,
         "model.padding": "replicate",
         "model.smoothing": 1 / 64,
         "synthesis.clean_fraction": 0.2,
+        "objective.kl.weight": 0.1,
+        "objective.kl.rho": 0.03,  # about what the samples' masks cover
     },
     "paper_literal": {
         "objective.focal.gamma": 0.1,

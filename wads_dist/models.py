@@ -16,6 +16,10 @@ from wads_dist.errors import ModelWeightsError
 BOTTLENECK = 4  # side of the last feature map before the latent code
 
 
+ERROR_FLOOR, ERROR_NEUTRAL = 0.02, 0.1
+"""Of ``Wads.segment``: what is added to every error, so that a perfect reconstruction is no proof of a normal image, and the
+sum that leaves the segmenter's odds as they are."""
+
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -207,7 +211,8 @@ class Wads(nn.Module):
         super().__init__()
         self.generator = Generator(image_size, config.width, config.latent, config.padding)
         self.segmenter = Segmenter(config)
-        self.segmenter_gradient, self.sigma = config.segmenter_gradient, config.smoothing * image_size
+        self.segmenter_gradient = config.segmenter_gradient
+        self.sigma, self.error_weight = config.smoothing * image_size, config.error_weight
         self.precision = precision
 
     def forward(self, clean: Tensor, anomalous: Tensor, detach_code: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -228,11 +233,23 @@ class Wads(nn.Module):
 
     @torch.no_grad()
     def segment(self, image: Tensor, reconstruction: Tensor) -> Tensor:
-        """Anomaly probability [N, H, H] float32 of an image beside a reconstruction [N, 3, H, H] in [0, 1]."""
+        """Anomaly probability [N, H, H] float32 of an image beside a reconstruction [N, 3, H, H] in [0, 1].
+
+        With an ``error_weight`` w the odds of p are multiplied by ((e + floor) / neutral)^w, a product of two experts: the
+        segmenter knows the anomalies that were synthesised, the error e of the reconstruction those that were not.
+        """
         probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
-        if self.sigma:
-            probability = gaussian_blur(probability, 2 * math.ceil(3 * self.sigma) + 1, self.sigma)
-        return probability.squeeze(1)
+        if not self.error_weight:
+            return self._smooth(probability).squeeze(1)
+        error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
+        probability, error = self._smooth(torch.cat([probability, error], 1)).unbind(1)
+        favour = probability * ((error + ERROR_FLOOR) / ERROR_NEUTRAL) ** self.error_weight
+        return favour / (favour + (1 - probability))
+
+    def _smooth(self, maps: Tensor) -> Tensor:
+        if not self.sigma:
+            return maps
+        return gaussian_blur(maps, 2 * math.ceil(3 * self.sigma) + 1, self.sigma)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -128,6 +128,32 @@ def test_predictions_are_smoothed_by_a_gaussian() -> None:
     assert torch.allclose(b[0, 20, 30], gaussian_filter(a, 2)[0, 20, 30], rtol=1e-3)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 2 / 64])
+def test_the_reconstructions_error_changes_the_odds_by_its_power(smoothing: float) -> None:
+    torch.manual_seed(0)
+    settings = SMALL.model_copy(update={"smoothing": smoothing})
+    alone = Wads(settings, 64).eval()
+    both = Wads(settings.model_copy(update={"error_weight": 0.5}), 64).eval()
+    both.load_state_dict(alone.state_dict())
+    x, x_hat = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    x_hat[1] = x[1]
+    p, q = alone.segment(x, x_hat), both.segment(x, x_hat)
+    error = (x - x_hat).abs().mean(1)
+    error = gaussian_filter(error, 2) if smoothing else error
+    expected = p / (1 - p) * ((error + 0.02) / 0.1) ** 0.5
+    torch.testing.assert_close((q / (1 - q))[:, 12:-12, 12:-12], expected[:, 12:-12, 12:-12], rtol=2e-3, atol=0)
+    assert (q[1] < p[1]).all(), "nothing is missing from the reconstruction"
+    assert torch.equal(both.predict(x)[1], both.segment(x, both.predict(x)[0]))
+
+
+@pytest.mark.parametrize("bias", [-200.0, 200.0])
+def test_a_segmenter_that_is_certain_stays_so_whatever_the_error(bias: float) -> None:
+    wads = Wads(SMALL.model_copy(update={"error_weight": 4.0}), 64).eval()
+    torch.nn.init.constant_(wads.segmenter.head[-1].bias, bias)
+    probability = wads.segment(torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
+    assert torch.equal(probability, torch.full_like(probability, float(bias > 0)))
+
+
 def gaussian_filter(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return torch.from_numpy(scipy.ndimage.gaussian_filter(x.numpy(), (0, sigma, sigma), mode="mirror", truncate=3))
 
