@@ -35,7 +35,7 @@ def parse(
             "--grid multiply. Values that hold commas are separated by semicolons")  # fmt: skip
         add("--variants", type=Path, metavar="FILE", help="TOML file with a table of settings for each of several variants; "
             "every point of the grid in each of them")  # fmt: skip
-        add("--only", metavar="A,B,...", help="these of the variants; others may be added later")
+        add("--only", metavar="A,B,...", help="these of the variants; to add others later, name them beside these")
     parser.set_defaults(grid=[], variants=None, only=None)
     add("--seeds", type=int, metavar="N", help="N runs for each point of the grid, trainer.seed counting up")
     add("--ranks", type=int, metavar="N", help="processes of a launch (default: one for each GPU)")

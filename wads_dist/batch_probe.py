@@ -22,6 +22,7 @@ from wads_dist.config import Config, ConfigError
 from wads_dist.data import TrainingData
 from wads_dist.deepspeed_config import resolve_precision
 from wads_dist.distributed import Ranks
+from wads_dist.errors import is_out_of_memory
 from wads_dist.kernel_timing import synchronise
 from wads_dist.models import Discriminator, Wads
 from wads_dist.pulse import Pulse
@@ -51,8 +52,9 @@ class Bare(nn.Module):
 class Rehearsal(Trainer):
     """The trainer's step in plain PyTorch, on this rank alone."""
 
-    def __init__(self, config: Config, ranks: Ranks, data: TrainingData, pulse: Pulse) -> None:
-        self.config, self.ranks, self.data, self.pulse, self.progress = config, ranks, data, pulse, Progress()
+    def __init__(self, config: Config, ranks: Ranks, data: TrainingData) -> None:
+        # Marks of its own: a rank that runs out of memory passes fewer than its peers, who must not blame it for it later.
+        self.config, self.ranks, self.data, self.pulse, self.progress = config, ranks, data, Pulse(), Progress()
         self.precision = resolve_precision(config.trainer.precision, ranks.device.type)
         self.weights = objective_weights(config.objective)
         self.loss_scale = engines.LossScale.for_precision(self.precision)
@@ -79,7 +81,9 @@ class Rehearsal(Trainer):
                 for optimizer in self.optimizers:  # once a global batch, however it is divided: not timed
                     optimizer.step()
                     optimizer.zero_grad()
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return math.inf
         finally:
             for optimizer in self.optimizers:
@@ -116,21 +120,27 @@ def choose(share: int, seconds_a_sample: Callable[[int], float]) -> dict[int, fl
     return tried
 
 
-def find_batch_size(
-    config: Config, ranks: Ranks, data: TrainingData, pulse: Pulse, folder: Path
-) -> tuple[Config, dict[int, float]]:
-    """``config`` with ``trainer.micro_batch_size`` as found now or, on as many ranks, by an earlier start (it is recorded in
-    ``folder``, so that a run which goes on takes the same steps); and the images/s of each that was tried now. Collective.
+def find_batch_size(config: Config, ranks: Ranks, data: TrainingData, folder: Path) -> tuple[Config, dict[int, float]]:
+    """``config`` with ``trainer.micro_batch_size`` as found now or, on as many ranks with such devices, by an earlier start (it
+    is recorded in ``folder``, so that a run which goes on takes the same steps); and the images/s of each that was tried now,
+    of its forward and backward passes alone. Collective.
 
     Raises:
         ConfigError: not even one sample fits.
     """
     record = folder / RECORD
-    about = {"world_size": ranks.world_size, "global_batch_size": config.trainer.global_batch_size}
-    before = json.loads(record.read_text()) if record.is_file() else {}
-    found, rates = before.get("micro_batch_size"), {}
-    if found is None or before | about != before:
-        rehearsal = Rehearsal(config, ranks, data, pulse)
+    about = {
+        "world_size": ranks.world_size,
+        "global_batch_size": config.trainer.global_batch_size,
+        "device": torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type,
+        "precision": resolve_precision(config.trainer.precision, ranks.device.type),
+    }
+    before = json.loads(record.read_text()) if ranks.is_first and record.is_file() else {}
+    # As the first rank sees it: another node may not see the file yet, and all must try, or none.
+    found = ranks.gather(before.get("micro_batch_size") if before | about == before else None)[0]
+    rates: dict[int, float] = {}
+    if found is None:
+        rehearsal = Rehearsal(config, ranks, data)
         tried = choose(
             config.trainer.global_batch_size // ranks.world_size,
             lambda micro: max(ranks.gather(rehearsal.seconds(micro) / micro)),

@@ -262,7 +262,8 @@ class TrainerConfig(_Section):
     find_batch_size: bool = Field(
         False,
         description="before a category is trained, find the trainer.micro_batch_size with which its ranks are fastest in the "
-        "memory they have; the global batch stays",
+        "memory they have. The global batch stays, but BatchNorm's statistics are of a micro-batch: where runs are to be "
+        "compared, give the same one to all (metrics.json and CATEGORY/batch_size.json have what was found)",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="auto: bf16 autocast where the device has it, else fp32; weights and losses stay fp32"
@@ -479,7 +480,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.smoothing": 1 / 64,
         "synthesis.clean_fraction": 0.2,
         "objective.kl.weight": 0.1,
-        "objective.kl.rho": 0.03,  # about what the samples' masks cover
+        "objective.kl.rho": 0.03,
     },
     "paper_literal": {
         "objective.focal.gamma": 0.1,
@@ -619,6 +620,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"trainer.micro_batch_size {micro}: does not divide trainer.global_batch_size {trainer.global_batch_size}"
     if micro is not None and trainer.find_batch_size:
         yield f"trainer.micro_batch_size {micro} and trainer.find_batch_size: give one of them"
+    if trainer.find_batch_size and config.parallel.categories_per_gpu > 1:
+        yield (
+            f"trainer.find_batch_size with parallel.categories_per_gpu {config.parallel.categories_per_gpu}: every category "
+            "would take the whole device's memory for its own; give trainer.micro_batch_size"
+        )
     if trainer.spike_factor and trainer.spike_patience >= trainer.max_rejected:
         yield (
             f"trainer.spike_patience {trainer.spike_patience}: must be below trainer.max_rejected {trainer.max_rejected}, or "

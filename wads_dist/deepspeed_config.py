@@ -80,11 +80,19 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         problems.append(f"{path}: tensorboard is enabled but not installed: pip install '.[monitor]'")
 
     zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if not isinstance(zero, dict):
+        problems.append(f'{path}: zero_optimization is {zero!r}; must be an object, such as {{"stage": 1}}')
+        zero = {}
+    stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
+    if zero.get("compute_grad_norm") is False and (config.trainer.gradient_clipping or stage not in (1, 2)):
+        problems.append(
+            f"{path}: zero_optimization.compute_grad_norm is false: DeepSpeed takes that at the stages 1 and 2 without "
+            "trainer.gradient_clipping only; remove it from the file (it is filled in where it pays)"
+        )
     for block in ("offload_optimizer", "offload_param"):
-        if isinstance(zero, dict) and (zero.get(block) or {}).get("device", "none") != "none":
+        if (zero.get(block) or {}).get("device", "none") != "none":
             problems.append(
                 f"{path}: zero_optimization.{block} is not supported: gradients would be out of reach of the check that "
                 "decides whether a step is taken"

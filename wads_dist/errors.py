@@ -21,6 +21,14 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Beside torch's own exception for it, its CPU allocator, cuBLAS and onnxruntime have none, and say it in words."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in words for sign in ("out of memory", "allocate", "alloc_failed")
+    )
+
+
 class WadsError(Exception):
     """An error whose message names the file or field, what was wrong, and what to do."""
 

@@ -249,7 +249,8 @@ class Wads(nn.Module):
     def _smooth(self, maps: Tensor) -> Tensor:
         if not self.sigma:
             return maps
-        return gaussian_blur(maps, 2 * math.ceil(3 * self.sigma) + 1, self.sigma)
+        # torchvision's Gaussian sums to one but for rounding, and may leave [0, 1].
+        return gaussian_blur(maps, 2 * math.ceil(3 * self.sigma) + 1, self.sigma).clamp(0, 1)
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

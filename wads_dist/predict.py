@@ -32,7 +32,7 @@ from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.images import load_image, to_rgb
 from wads_dist.config import DataConfig, EvaluationConfig, ModelConfig
-from wads_dist.errors import ModelFileError, WadsError
+from wads_dist.errors import ModelFileError, WadsError, is_out_of_memory
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
 from wads_dist.tiles import Floats, score_in_tiles
@@ -202,7 +202,7 @@ class Detector:
             try:
                 maps[part], scores[part] = self.network(images[part])
             except Exception as error:
-                if self.batch_size == 1 or not _is_out_of_memory(error):
+                if self.batch_size == 1 or not is_out_of_memory(error):
                     raise
                 self.batch_size //= 2
                 continue
@@ -390,8 +390,3 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description]:
         return torch.from_numpy(probability), torch.from_numpy(score)
 
     return run, description
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Torch's CPU allocator and onnxruntime have no exception of their own for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate" in str(error).lower()

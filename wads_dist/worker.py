@@ -150,7 +150,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
 
     images, events = TrainingData(config, dataset, category, ranks.device), Events(folder, ranks.is_first)
     if config.trainer.find_batch_size:
-        config, tried = find_batch_size(config, ranks, images, pulse, folder)
+        config, tried = find_batch_size(config, ranks, images, folder)
         events.write("batch size", micro_batch_size=config.trainer.micro_batch_size, images_per_second=tried)
     trainer = Trainer(config, ranks, images, requests, pulse, category)
     pictured = (
@@ -244,6 +244,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "images_per_second": progress.next_sample / max(progress.seconds, 1e-9),
             "seconds": progress.seconds,
             "world_size": ranks.world_size,
+            "micro_batch_size": trainer.micro_batch_size,
             "precision": trainer.precision,
             "backbone": f"{config.model.backbone} ({config.model.weights} weights)",
             "fingerprint": data.fingerprint,

@@ -5,12 +5,18 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from tests.conftest import REPOSITORY, environment
-from wads_dist.batch_probe import RECORD, choose
+from tests.wads_dist.programs.common import Samples, small_config
+from wads_dist import batch_probe
+from wads_dist.batch_probe import RECORD, Rehearsal, choose, find_batch_size
 from wads_dist.config import ConfigError, load_config
+from wads_dist.distributed import Ranks
+from wads_dist.rendezvous import free_port
 
 
 def tried(share: int, **seconds: float) -> dict[int, float]:
@@ -36,15 +42,88 @@ def test_it_contradicts_a_given_micro_batch() -> None:
         load_config(["--trainer.micro_batch_size", "8", "--trainer.find_batch_size"])
 
 
+def test_it_is_not_for_categories_that_share_a_device() -> None:
+    with pytest.raises(ConfigError, match=r"trainer.find_batch_size with parallel.categories_per_gpu 2"):
+        load_config(["--parallel.categories_per_gpu", "2", "--trainer.find_batch_size"])
+
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+CONFIG = small_config("--trainer.find_batch_size")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_in_any_words_is_an_answer(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal(CONFIG, ALONE, Samples(CONFIG))  # type: ignore[arg-type]
+    assert 0 < rehearsal.seconds(2) < math.inf
+    monkeypatch.setattr(rehearsal, "losses", Mock(side_effect=error))
+    assert rehearsal.seconds(2) == math.inf
+    monkeypatch.setattr(rehearsal, "losses", Mock(side_effect=RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        rehearsal.seconds(2)
+
+
+def test_memory_that_evaluation_and_buckets_need_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsal = Rehearsal(CONFIG, ALONE, Samples(CONFIG))  # type: ignore[arg-type]
+    monkeypatch.setattr(batch_probe, "memory_used", lambda device: 0.95)
+    assert rehearsal.seconds(2) == math.inf
+
+
+class Timed:
+    """Stands in for the rehearsal: so many seconds whatever the batch."""
+
+    tries: list[int]
+
+    def __init__(self, *_: object) -> None: ...
+
+    def seconds(self, micro: int) -> float:
+        self.tries.append(micro)
+        return self.answer
+
+    answer = 1.0
+
+
+def test_what_was_found_elsewhere_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another number of ranks or another device it may not fit, and would not be the fastest."""
+    monkeypatch.setattr(batch_probe, "Rehearsal", Timed)
+    found: list[int | None] = []
+    for change in ({}, {}, {"world_size": 2}, {"device": "NVIDIA H100"}, {"precision": "fp16"}):
+        record = tmp_path / RECORD
+        if record.is_file():
+            record.write_text(json.dumps(json.loads(record.read_text()) | change))
+        Timed.tries = []
+        config, _ = find_batch_size(CONFIG, ALONE, Samples(CONFIG), tmp_path)  # type: ignore[arg-type]
+        assert not config.trainer.find_batch_size
+        found.append(config.trainer.micro_batch_size)
+        assert bool(Timed.tries) == (change != {} or len(found) == 1), change
+    assert found == [8] * 5
+
+
+def test_a_step_that_fits_nowhere_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_probe, "Rehearsal", Timed)
+    monkeypatch.setattr(Timed, "answer", math.inf)
+    Timed.tries = []
+    with pytest.raises(ConfigError, match="a step of one sample does not fit"):
+        find_batch_size(CONFIG, ALONE, Samples(CONFIG), tmp_path)  # type: ignore[arg-type]
+    assert Timed.tries == [8, 4, 2, 1] and not (tmp_path / RECORD).exists()
+
+
 @pytest.mark.slow
 def test_a_run_trains_with_what_was_found_and_goes_on_with_it(demo_shards: Path, tmp_path: Path) -> None:
     """Two ranks; the second start must not measure again, nor the first train with what it has not recorded."""
     run = tmp_path / "run"
     command = (
-        f"{sys.executable} -m deepspeed.launcher.runner --num_accelerators 2 launch/train.py --data.shards {demo_shards} "
-        f"--run.dir {run} --data.categories demo_biscuit --data.image_size 64 --data.store_size 64 --model.backbone resnet18 "
-        "--model.width 8 --model.fpn_width 32 --model.latent 16 --trainer.global_batch_size 32 --trainer.threads 1 "
-        "--trainer.samples 64 --trainer.find_batch_size --checkpoint.every_steps 1 --evaluation.holdout 0"
+        f"{sys.executable} -m deepspeed.launcher.runner --num_accelerators 2 --master_port {free_port()} launch/train.py "
+        f"--data.shards {demo_shards} --run.dir {run} --data.categories demo_biscuit --data.image_size 64 --data.store_size 64 "
+        "--model.backbone resnet18 --model.width 8 --model.fpn_width 32 --model.latent 16 --trainer.global_batch_size 32 "
+        "--trainer.threads 1 --trainer.samples 64 --trainer.find_batch_size --checkpoint.every_steps 1 --evaluation.holdout 0"
     ).split()
     folder = run / "demo_biscuit"
     for _ in range(2):

@@ -290,6 +290,11 @@ def test_no_norm_is_computed_that_nobody_uses(stage: int, clipping: str, off: bo
         ({"bf16": {"enabled": True}}, "bf16.enabled does not belong here"),
         ({"torch_autocast": {"enabled": True}}, "torch_autocast.enabled does not belong here"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4"),
+        ({"zero_optimization": 1}, "zero_optimization is 1; must be an object"),
+        (
+            {"zero_optimization": {"stage": 3, "compute_grad_norm": False}},
+            "zero_optimization.compute_grad_norm is false",
+        ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "offload_optimizer is not supported",
@@ -302,6 +307,14 @@ def test_deepspeed_file_that_contradicts(content: object, expected: str, tmp_pat
     with pytest.raises(ConfigError) as caught:
         deepspeed_config(load_config(["--trainer.deepspeed", file]), 2)
     assert expected in str(caught.value) and file in str(caught.value)
+
+
+def test_deepspeed_is_not_told_to_clip_by_a_norm_it_may_not_take(tmp_path: Path) -> None:
+    zero = {"stage": 1, "compute_grad_norm": False}
+    file = write(tmp_path / "ds.json", json.dumps({"zero_optimization": zero}))
+    assert deepspeed_config(load_config(["--trainer.deepspeed", file]), 2)["zero_optimization"] == zero
+    with pytest.raises(ConfigError, match=r"ds\.json: zero_optimization\.compute_grad_norm is false"):
+        deepspeed_config(load_config(["--trainer.deepspeed", file, "--trainer.gradient_clipping", "1"]), 2)
 
 
 def test_deepspeed_file_that_agrees(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import scipy.ndimage
 import torch
 import torchvision
 from safetensors.torch import save_file
+from torch import nn
 
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
@@ -109,6 +110,17 @@ def test_a_replicated_edge_is_no_edge() -> None:
     assert spread["replicate"] < 1e-6 < spread["zeros"]
 
 
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+def test_padding_is_that_of_every_decoder_and_of_no_encoder(padding: str) -> None:
+    wads = Wads(SMALL.model_copy(update={"padding": padding}), 64)
+    ups = [layer for layer in wads.generator.decoder if isinstance(layer, Up)]
+    assert len(ups) == 4 and all(up.replicate == (padding == "replicate") for up in ups)
+    for part in ("stem", "stages", "pyramid", "reduce", "refine", "head"):
+        convolutions = [m for m in getattr(wads.segmenter, part).modules() if isinstance(m, nn.Conv2d)]
+        modes = {m.padding_mode for m in convolutions if m.padding != (0, 0)}
+        assert modes == {"zeros" if part in ("stem", "stages") else padding}, part
+
+
 def test_within_the_edge_a_replicated_map_is_enlarged_as_any_other() -> None:
     torch.manual_seed(0)
     zeros, replicate = (Up(8, 4, bias=True, padding=padding) for padding in ("zeros", "replicate"))
@@ -146,12 +158,18 @@ def test_the_reconstructions_error_changes_the_odds_by_its_power(smoothing: floa
     assert torch.equal(both.predict(x)[1], both.segment(x, both.predict(x)[0]))
 
 
+@pytest.mark.parametrize("error_weight", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("smoothing", [0.0, 1 / 64, 2 / 64])
 @pytest.mark.parametrize("bias", [-200.0, 200.0])
-def test_a_segmenter_that_is_certain_stays_so_whatever_the_error(bias: float) -> None:
-    wads = Wads(SMALL.model_copy(update={"error_weight": 4.0}), 64).eval()
+def test_a_segmenter_that_is_certain_stays_so_whatever_the_error(
+    bias: float, smoothing: float, error_weight: float
+) -> None:
+    """At 128² torchvision's Gaussian of σ = 2 pixels sums to more than one."""
+    wads = Wads(SMALL.model_copy(update={"error_weight": error_weight, "smoothing": smoothing}), 128).eval()
     torch.nn.init.constant_(wads.segmenter.head[-1].bias, bias)
-    probability = wads.segment(torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 64))
-    assert torch.equal(probability, torch.full_like(probability, float(bias > 0)))
+    probability = wads.segment(torch.ones(1, 3, 128, 128), torch.zeros(1, 3, 128, 128))
+    assert probability.min() >= 0 and probability.max() <= 1
+    torch.testing.assert_close(probability, torch.full_like(probability, float(bias > 0)), rtol=0, atol=1e-5)
 
 
 def gaussian_filter(x: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -12,8 +12,6 @@ from wads_dist.data import synthesis_settings
 from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.trainer import Trainer
 
-torch.set_num_threads(1)
-
 
 class Samples:
     """TrainingData's ``batch`` over seeded random images; the sample ids of ``bad`` come out as NaN, those of ``loud`` with a
@@ -27,9 +25,10 @@ class Samples:
         self.backend = config.trainer.kernels
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
-        images = self.images.to(sample.device)
-        batch = synthesise(images, images, sample, self.seed, self.settings, backend=self.backend)
-        for i, index in enumerate(sample.tolist()):
+        self.images = self.images.to(sample.device)
+        batch = synthesise(self.images, self.images, sample, self.seed, self.settings, backend=self.backend)
+        # Nothing is read from the device unless there is something to do: host_reads.py forbids it.
+        for i, index in enumerate(sample.tolist() if self.bad or self.loud else []):
             if index in self.bad:
                 batch.anomalous[i] = float("nan")
             if index in self.loud:
@@ -49,6 +48,7 @@ def small_config(*overrides: str) -> Config:
 
 
 def join() -> Ranks:
+    torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed(
         deepspeed.accelerator.get_accelerator().communication_backend_name(), auto_mpi_discovery=False, verbose=False
@@ -61,6 +61,7 @@ def join() -> Ranks:
 def small_trainer(
     ranks: Ranks, *overrides: str, bad: frozenset[int] = frozenset(), loud: frozenset[int] = frozenset()
 ) -> Trainer:
+    torch.set_num_threads(1)
     config = small_config(*overrides)
     trainer = Trainer(config, ranks, Samples(config, bad, loud))  # type: ignore[arg-type]
     for engine in trainer.both:
