@@ -1,14 +1,16 @@
 """Does the segmenter use the reconstruction? Scores of a finished run when it is shown others.
 
-    PYTHONPATH=. python benchmarks/reconstruction_use.py RUN [--json FILE]
+    python benchmarks/reconstruction_use.py RUN [--json FILE] [--data.shards DIR] [--SECTION.FIELD VALUE ...]
 
-For every category of RUN: pixel AUROC and AP of the model as it is, with each image beside the next one's reconstruction
-(within a batch, the last beside the first's), beside itself, and beside grey. A segmenter that looks at the image alone scores
-the same.
+For every category of RUN: pixel AUROC and AP of the segmenter alone (without ``model.error_weight``), with each image beside
+its reconstruction, the next one's (within a batch, the last beside the first's), beside itself, and beside grey. A segmenter
+that looks at the image alone scores the same. Exit code 2: the run or its settings are wrong.
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from shards.errors import DataError
 from shards.source import Dataset
-from wads_dist.config import load_config
+from wads_dist.config import ConfigError, load_config
 from wads_dist.distributed import Ranks
+from wads_dist.errors import WadsError
 from wads_dist.evaluate import MODEL, Part, load_model, score_report
 from wads_dist.metrics import binary_metrics
 from wads_dist.models import Wads
@@ -38,6 +44,7 @@ class Shown(Wads):
     def __init__(self, model: Wads, shown: str) -> None:
         torch.nn.Module.__init__(self)
         self.model, self.shown = model, SHOWN[shown]
+        model.error_weight = 0.0
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,10 +52,15 @@ class Shown(Wads):
         return reconstruction, self.model.segment(image, self.shown(image, reconstruction)), code
 
 
-def scores(run: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Category → what is shown → pixel AUROC and AP."""
-    config = load_config(["--config", str(run / "config.toml")])
-    assert config.data.shards is not None, "a run of data.root: give its shards with data.shards instead"
+def scores(run: Path, settings: Sequence[str], ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Category → what is shown → pixel AUROC and AP.
+
+    Raises:
+        ConfigError: the run cannot be read, or names no shards.
+    """
+    config = load_config(["--config", str(run / "config.toml"), *settings])
+    if config.data.shards is None:
+        raise ConfigError([f"data.shards: {run} was given data.root; add --data.shards DIR, the shards made of it"])
     dataset = Dataset.open(config.data.shards, cache=config.data.cache)
     found: dict[str, dict[str, Any]] = {}
     for folder in sorted(path.parent for path in run.glob("*/metrics.json")):
@@ -64,8 +76,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
-    given = parser.parse_args()
-    found = scores(given.run, Ranks(0, 1, 0, 1, Ranks.from_environment().device))
+    given, settings = parser.parse_known_args()
+    try:
+        found = scores(given.run, settings, Ranks(0, 1, 0, 1, Ranks.from_environment().device))
+    except (ConfigError, DataError, WadsError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     table = Table("category", *(f"{shown}: AUROC / AP" for shown in SHOWN))
     for category, of in found.items():
         table.add_row(category, *(f"{of[shown]['pixel_auroc']:.3f} / {of[shown]['pixel_ap']:.3f}" for shown in SHOWN))

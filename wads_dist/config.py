@@ -457,8 +457,9 @@ class Config(_Section):
             )
 
     def to_toml(self) -> str:
-        """Every setting as TOML. Reading it back gives this configuration; settings that are none are left out."""
-        lines: list[str] = []
+        """Every setting as TOML. Reading it back gives this configuration, whatever its preset has become by then; settings
+        that are none are left out."""
+        lines = [f"{RESOLVED} = true"]
         section = ""
         for path, value in _values(self).items():
             if value is None:
@@ -468,9 +469,12 @@ class Config(_Section):
                 lines += ["", f"[{parent}]"]
                 section = parent
             lines.append(f"{name} = {_toml_value(value)}")
-        return "\n".join(lines).lstrip() + "\n"
+        return "\n".join(lines) + "\n"
 
 
+RESOLVED = "resolved"
+"""In a file that ``to_toml`` has written: the preset's values are among the others. A setting that is newer than the file has
+its own default, not what the preset would make of it today."""
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
@@ -513,7 +517,8 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     command_line, problems = _read_command_line(arguments)
     file = command_line.pop("config", None)
     from_file = _read_toml(Path(file)) if file is not None else {}
-    preset = command_line.get("preset", from_file.get("preset", "wads"))
+    resolved = from_file.pop(RESOLVED, False) is True
+    preset = command_line.get("preset", "wads" if resolved else from_file.get("preset", "wads"))
     layers = [
         (f"preset {preset}", PRESETS.get(preset, {}) if isinstance(preset, str) else {}),
         (str(file), from_file),

@@ -14,7 +14,7 @@ from kernels.objective import ssim
 from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.checkpoint_files import write_text
-from wads_dist.config import Config, EvaluationConfig
+from wads_dist.config import RESOLVED, Config, EvaluationConfig
 from wads_dist.data import TestImages, evenly, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError
@@ -86,7 +86,9 @@ def trained_config(folder: Path) -> Config:
     path = _weights(folder)
     try:
         with safe_open(path, "pt") as weights:
-            return Config.model_validate(tomllib.loads(weights.metadata()["config"]))
+            settings = tomllib.loads(weights.metadata()["config"])
+        settings.pop(RESOLVED, None)
+        return Config.model_validate(settings)
     except Exception as error:
         raise ModelFileError(
             f"{path}: its header has no settings that this version of WADS-dist reads ({error}); score it with the version "

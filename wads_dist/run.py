@@ -349,6 +349,9 @@ def scoring_settings(folder: Path, config: Config) -> Config:
             c.model_copy(update={"evaluation": c.evaluation.model_copy(update={"holdout": 0.0})})
             for c in (trained, config)
         )
+    if config.trainer.find_batch_size:
+        found = {"find_batch_size": False, "micro_batch_size": trained.trainer.micro_batch_size}
+        config = config.model_copy(update={"trainer": config.trainer.model_copy(update=found)})
     free = (*FREE_TO_CHANGE, *(f"evaluation.{name}:" for name in EvaluationConfig.model_fields if name != "holdout"))
     changed = [line for line in config_difference(trained, config) if not line.startswith(free)]
     if changed:

@@ -196,7 +196,10 @@ def plan_runs(
                     problems.append(f"--grid: two runs would be {name}")
                 planned[name] = _name(config, list(grid), variant), config
         except ConfigError as error:
-            problems += error.problems
+            problems += [
+                f"variant {variant}: {problem}" if problem.partition(":")[0] in fixed else problem
+                for problem in error.problems
+            ]
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 

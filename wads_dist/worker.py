@@ -152,6 +152,11 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     if config.trainer.find_batch_size:
         config, tried = find_batch_size(config, ranks, images, folder)
         events.write("batch size", micro_batch_size=config.trainer.micro_batch_size, images_per_second=tried)
+        if ranks.is_first:
+            rates = ", ".join(f"{micro}: {rate:.1f}" for micro, rate in tried.items()) or "as found before"
+            say(
+                f"{category}: micro-batches of {config.trainer.micro_batch_size} (forward and backward, img/s: {rates})"
+            )
     trainer = Trainer(config, ranks, images, requests, pulse, category)
     pictured = (
         validation.ValidationSamples.of(config, dataset, category, trainer.data) if validation.wanted(trainer) else None

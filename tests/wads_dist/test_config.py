@@ -1,6 +1,7 @@
 """Configuration: precedence, refusals, the record of a run, and what is handed to DeepSpeed."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -188,6 +189,17 @@ def test_written_configuration_reads_back(tmp_path: Path) -> None:
     file = write(tmp_path / "config.toml", config.to_toml())
     assert tomllib.loads(config.to_toml())["trainer"]["micro_batch_size"] == 8
     assert load_config(["--config", file]) == config
+
+
+def test_a_record_does_not_follow_its_preset(tmp_path: Path) -> None:
+    """A setting that a preset was given later is none of the run's; on the command line the preset means today's."""
+    written = load_config(["--preset", "wads_plus"]).to_toml()
+    older = write(tmp_path / "config.toml", re.sub("error_weight = .*\n", "", written))
+    assert load_config(["--config", older]).model.error_weight == 0
+    assert load_config(["--config", older]).model.difference
+    assert load_config(["--config", older, "--preset", "wads_plus"]).model.error_weight > 0
+    own = write(tmp_path / "own.toml", 'preset = "wads_plus"\n')
+    assert load_config(["--config", own]).model.error_weight > 0
 
 
 def test_settings_that_may_be_absent_are_absent_by_default() -> None:

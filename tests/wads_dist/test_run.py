@@ -311,6 +311,15 @@ def test_how_a_model_is_scored_can_be_changed(demo_shards: Path, tmp_path: Path)
     assert (tmp_path / "report.html").is_file()
 
 
+def test_a_model_whose_batch_was_found_is_scored_as_any_other(demo_shards: Path, tmp_path: Path) -> None:
+    """The run says that it is to be found, the model what was found."""
+    asked = load_config(command(demo_shards, tmp_path, "--trainer.find_batch_size", "true"))
+    found = {"find_batch_size": False, "micro_batch_size": 8}
+    trained_with = asked.model_copy(update={"trainer": asked.trainer.model_copy(update=found)})
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors", {"config": trained_with.to_toml()})
+    assert scoring_settings(tmp_path, asked) == trained_with
+
+
 def test_a_model_from_before_images_were_held_out_has_none(demo_shards: Path, tmp_path: Path) -> None:
     config = load_config(command(demo_shards, tmp_path))
     header = "".join(line for line in config.to_toml().splitlines(True) if not line.startswith("holdout"))

@@ -132,6 +132,16 @@ def test_a_grid_that_makes_no_sense_is_refused(grid: list[str], said: str) -> No
         parse_grid(grid)
 
 
+def test_what_is_wrong_in_a_variant_names_it(settings: list[str], tmp_path: Path) -> None:
+    variants = {"fine": {}, "rough": {"model.smothing": "1", "model.width": "7"}}
+    with pytest.raises(ConfigError) as caught:
+        plan_runs(tmp_path, [*settings, "--trainer.smples", "1"], {}, None, build=True, variants=variants)
+    problems = sorted(caught.value.problems)
+    assert problems[0].startswith("trainer.smples: ") and len(problems) == 3
+    assert [problem.split(": ")[1] for problem in problems[-2:]] == ["model.smothing", "model.width"]
+    assert all(problem.startswith("variant rough: ") for problem in problems[-2:])
+
+
 def test_two_runs_that_would_be_the_same_are_refused(settings: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"two runs would be kl.rho=0.1"):
         plan_runs(tmp_path, settings, {RHO: ["0.1", "0.10"]}, None, build=True)
