@@ -160,8 +160,8 @@ class ModelConfig(_Section):
     smoothing: float = Field(
         0.0,
         ge=0,
-        le=0.1,
-        description="sigma of a Gaussian over the predicted probability map, as a fraction of the image's side (0: none)",
+        le=16,
+        description="sigma of a Gaussian over the predicted probability map, in its pixels (0: none)",
     )
     error_weight: float = Field(
         0.0,
@@ -479,9 +479,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
         "model.difference": True,
-        "model.error_weight": 0.5,
+        "model.error_weight": 1.0,
         "model.padding": "replicate",
-        "model.smoothing": 1 / 64,
+        "model.smoothing": 1.5,
         "synthesis.clean_fraction": 0.2,
         "objective.kl.weight": 0.1,
         "objective.kl.rho": 0.03,

@@ -212,7 +212,7 @@ class Wads(nn.Module):
         self.generator = Generator(image_size, config.width, config.latent, config.padding)
         self.segmenter = Segmenter(config)
         self.segmenter_gradient = config.segmenter_gradient
-        self.sigma, self.error_weight = config.smoothing * image_size, config.error_weight
+        self.sigma, self.error_weight = config.smoothing, config.error_weight
         self.precision = precision
 
     def forward(self, clean: Tensor, anomalous: Tensor, detach_code: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

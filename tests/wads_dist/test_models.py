@@ -132,7 +132,7 @@ def test_within_the_edge_a_replicated_map_is_enlarged_as_any_other() -> None:
 def test_predictions_are_smoothed_by_a_gaussian() -> None:
     torch.manual_seed(0)
     rough = Wads(SMALL, 64).eval()
-    smooth = Wads(SMALL.model_copy(update={"smoothing": 2 / 64}), 64).eval()
+    smooth = Wads(SMALL.model_copy(update={"smoothing": 2.0}), 64).eval()
     smooth.load_state_dict(rough.state_dict())
     x = torch.rand(1, 3, 64, 64)
     a, b = rough.predict(x)[1], smooth.predict(x)[1]
@@ -140,7 +140,7 @@ def test_predictions_are_smoothed_by_a_gaussian() -> None:
     assert torch.allclose(b[0, 20, 30], gaussian_filter(a, 2)[0, 20, 30], rtol=1e-3)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 2 / 64])
+@pytest.mark.parametrize("smoothing", [0.0, 2.0])
 def test_the_reconstructions_error_changes_the_odds_by_its_power(smoothing: float) -> None:
     torch.manual_seed(0)
     settings = SMALL.model_copy(update={"smoothing": smoothing})
@@ -159,7 +159,7 @@ def test_the_reconstructions_error_changes_the_odds_by_its_power(smoothing: floa
 
 
 @pytest.mark.parametrize("error_weight", [0.0, 0.5, 4.0])
-@pytest.mark.parametrize("smoothing", [0.0, 1 / 64, 2 / 64])
+@pytest.mark.parametrize("smoothing", [0.0, 2.0, 4.0])
 @pytest.mark.parametrize("bias", [-200.0, 200.0])
 def test_a_segmenter_that_is_certain_stays_so_whatever_the_error(
     bias: float, smoothing: float, error_weight: float
