@@ -429,8 +429,7 @@ class Config(_Section):
     preset: Literal["wads", "paper_literal", "wads_plus"] = Field(
         "wads",
         description="starting values: wads is our reading of the paper; paper_literal has every value as printed, "
-        "wherever the paper prints one; wads_plus has changes that were better on procedural categories, not on all "
-        "photographs (docs/recipe.md)",
+        "wherever the paper prints one; wads_plus has changes that measurement found better (docs/recipe.md)",
     )
     run: RunConfig = Field(RunConfig(), description="the run's folder")
     data: DataConfig = Field(DataConfig(), description="images")
