@@ -23,6 +23,7 @@ from wads_dist.data import TrainingData
 from wads_dist.deepspeed_config import resolve_precision
 from wads_dist.distributed import Ranks
 from wads_dist.errors import is_out_of_memory
+from wads_dist.host_memory import give_back_freed_memory
 from wads_dist.kernel_timing import synchronise
 from wads_dist.models import Discriminator, Wads
 from wads_dist.pulse import Pulse
@@ -67,6 +68,7 @@ class Rehearsal(Trainer):
     def seconds(self, micro: int) -> float:
         """Time of the passes of ``micro`` samples; infinite if there is not the memory."""
         device, elapsed, used = self.ranks.device, [], 0.0
+        give_back_freed_memory()  # of a larger try: it would count against this one
         try:
             for i in range(STEPS + 1):  # the first warms up
                 synchronise(device)

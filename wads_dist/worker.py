@@ -35,6 +35,7 @@ from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
 from wads_dist.evaluate import evaluate, load_model, save_weights
 from wads_dist.guards import Requests, slowness
+from wads_dist.host_memory import keep_freed_memory
 from wads_dist.leases import METRICS, still_held
 from wads_dist.pulse import Pulse
 from wads_dist.results import save_results
@@ -111,6 +112,8 @@ def initialise(config: Config, threads: int) -> Ranks:
         torch.backends.cudnn.benchmark = True
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    else:
+        keep_freed_memory()
     deepspeed.utils.logger.setLevel("WARNING")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a missing CUDA on every CPU
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line of praise for every operator it loads

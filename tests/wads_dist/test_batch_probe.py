@@ -76,6 +76,34 @@ def test_memory_that_evaluation_and_buckets_need_is_left_free(monkeypatch: pytes
     assert rehearsal.seconds(2) == math.inf
 
 
+KEPT = """
+import psutil
+import torch
+from tests.wads_dist.programs.common import Samples, small_config
+from wads_dist import batch_probe
+from wads_dist.distributed import Ranks
+from wads_dist.host_memory import keep_freed_memory
+
+keep_freed_memory()
+used = []
+batch_probe.memory_used = lambda device: used.append(psutil.Process().memory_info().rss) or 0.0
+config = small_config()
+rehearsal = batch_probe.Rehearsal(config, Ranks(0, 1, 0, 1, torch.device("cpu")), Samples(config))
+for micro in (1, 64, 1):
+    rehearsal.seconds(micro)
+    print(max(used))
+    used.clear()
+"""
+
+
+def test_memory_of_a_try_that_was_too_large_does_not_count_against_a_smaller_one() -> None:
+    command = [sys.executable, "-c", KEPT]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
+    small, large, after = map(int, done.stdout.split()[-3:])
+    assert large - small > 100 << 20
+    assert after - small < (large - small) / 3
+
+
 class Timed:
     """Stands in for the rehearsal: so many seconds whatever the batch."""
 
