@@ -103,7 +103,7 @@ def show_plan(plan: Sweep, options: slurm.JobOptions | None, as_json: bool) -> N
         table.add_row(run.name, str(len(run.categories)), str(len(run.missing)))
     console.print(table)
     console.print("\nCategories: " + ", ".join(dict.fromkeys(category for _, category in plan.tasks)))
-    open_tasks, ranks = plan.open_tasks, f"{plan.ranks} ranks" if plan.ranks else "a rank on each GPU"
+    open_tasks, ranks = plan.open_tasks, f"{plan.ranks} ranks" if plan.ranks else "a rank on each accelerator"
     if options is None:
         launches = sum(1 for run in plan.runs if run.missing)
         console.print(f"{len(open_tasks)} categories to train; launches, one after the other: {launches}; {ranks}")
