@@ -11,7 +11,7 @@ from wads_dist.entry import main
 
 
 def evaluate(config: Config) -> int:
-    from wads_dist.run import evaluate_run  # imports DeepSpeed; a misspelled setting is told before
+    from wads_dist.rescore import evaluate_run  # imports DeepSpeed; a misspelled setting is told before
 
     return evaluate_run(config)
 

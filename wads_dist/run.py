@@ -22,18 +22,14 @@ from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.categories import LOG, Plan, work
 from wads_dist.checkpoint import write_text
-from wads_dist.config import Config, EvaluationConfig, config_difference, resolve_batches
-from wads_dist.data import open_texture_bank
+from wads_dist.config import Config, resolve_batches
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision
-from wads_dist.distributed import Ranks
-from wads_dist.errors import ExitCode, ModelFileError, ResumeError, WadsError, exit_code
-from wads_dist.evaluate import evaluate, load_model, trained_config
+from wads_dist.errors import ExitCode, WadsError, exit_code
 from wads_dist.groups import Place, form_groups
 from wads_dist.leases import METRICS, attempts_of
-from wads_dist.record import CONFIG, FREE_TO_CHANGE, Outcome, check_fingerprint, check_run, open_run, record_summary
+from wads_dist.record import CONFIG, Outcome, check_run, open_run, record_summary
 from wads_dist.rendezvous import Launch, address_towards
 from wads_dist.report import write_report
-from wads_dist.results import save_results
 from wads_dist.signals import StopRequest, stop_with_launcher, supervisor_signals
 from wads_dist.status import Live
 from wads_dist.tables import reconstruction_table, results_table
@@ -280,7 +276,10 @@ def check_settings(config: Config, world_size: int) -> None:
     """
     deepspeed_config(config, world_size)
     resolve_precision(config.trainer.precision, get_accelerator().device_name())
-    open_texture_bank(config.data.textures, config.data.cache)
+    if config.data.textures is not None:
+        from wads_dist.data import open_texture_bank  # and with it the kernels, which a supervisor does not need
+
+        open_texture_bank(config.data.textures, config.data.cache)
 
 
 def conclude(config: Config, outcome: Outcome, categories: list[str], console: Console) -> None:
@@ -302,62 +301,3 @@ def report_of(run: Path) -> str:
         return write_report(run).name
     except Exception as error:
         return f"no report ({error}; launch/report.py tries again)"
-
-
-def evaluate_run(config: Config) -> int:
-    """Scores the finished categories of ``config.run.dir`` again, in this process, and rewrites their numbers.
-
-    Raises:
-        ModelFileError, ResumeError: a category that was named has no weights, or was trained with other settings or on other
-            data; nothing is rewritten then.
-    """
-    config.require_data()
-    dataset = Dataset.open(locate_shards(config), cache=config.data.cache)
-    device = Ranks.from_environment().device
-    categories = chosen_categories(config, dataset)
-    if config.data.categories == ["all"]:
-        categories = [c for c in categories if (config.run.dir / c / METRICS).is_file()]
-    if not categories:
-        raise ModelFileError(f"{config.run.dir}: no category has finished training; run launch/train.py first")
-    settings = {category: scoring_settings(config.run.dir / category, config) for category in categories}
-    for category in categories:
-        check_fingerprint(config.run.dir / category / METRICS, dataset.manifest(category).fingerprint)
-    for category, of in settings.items():
-        path = config.run.dir / category / METRICS
-        model = load_model(path.parent, of, device)
-        evaluation = evaluate(model, of, dataset, category, Ranks(0, 1, 0, 1, device))
-        save_results(path.parent, category, evaluation, of)
-        metrics = json.loads(path.read_text())
-        for key in ("bounds", "undefined", "no_threshold"):  # which an evaluation has or has not
-            metrics.pop(key, None)
-        write_text(path, json.dumps(metrics | evaluation.metrics, indent=1))
-    conclude(config, Outcome(), categories, Console())
-    return ExitCode.OK
-
-
-def scoring_settings(folder: Path, config: Config) -> Config:
-    """What to score a trained category with: ``config``, if it says how the model is scored only.
-
-    Raises:
-        ModelFileError: the category has no weights that this version reads.
-        ResumeError: the settings would be of another model, or take images that it was trained on for ones held out.
-    """
-    trained = trained_config(folder)
-    # An earlier version knew no holdout; its runs' settings, read today, have one that was not.
-    if trained.evaluation.holdout == 0 or "holdout" not in trained.evaluation.model_fields_set:
-        trained, config = (
-            c.model_copy(update={"evaluation": c.evaluation.model_copy(update={"holdout": 0.0})})
-            for c in (trained, config)
-        )
-    if config.trainer.find_batch_size:
-        found = {"find_batch_size": False, "micro_batch_size": trained.trainer.micro_batch_size}
-        config = config.model_copy(update={"trainer": config.trainer.model_copy(update=found)})
-    free = (*FREE_TO_CHANGE, *(f"evaluation.{name}:" for name in EvaluationConfig.model_fields if name != "holdout"))
-    changed = [line for line in config_difference(trained, config) if not line.startswith(free)]
-    if changed:
-        raise ResumeError(
-            f"{folder} was trained with other settings (its value → yours):\n  "
-            + "\n  ".join(changed)
-            + f"\nGive those of {folder.parent / CONFIG}; of evaluation, all but holdout may be changed."
-        )
-    return config

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from scipy.stats import beta
+from scipy.special import betaincinv
 from torch import Tensor
 
 from kernels.synthesis import synthesise
@@ -166,7 +166,7 @@ def image_threshold(scores: list[float], rate: float) -> tuple[float, dict[str, 
     return threshold, {
         "image_false_positive_rate": sum(score >= threshold for score in scores) / n,
         "image_false_positive_rate_expected": k / (n + 1),
-        "image_false_positive_rate_95_percent_below": float(beta.ppf(0.95, k, n + 1 - k)),
+        "image_false_positive_rate_95_percent_below": float(betaincinv(k, n + 1 - k, 0.95)),
     }
 
 
