@@ -38,7 +38,7 @@ def parse(
         add("--only", metavar="A,B,...", help="these of the variants; to add others later, name them beside these")
     parser.set_defaults(grid=[], variants=None, only=None)
     add("--seeds", type=int, metavar="N", help="N runs for each point of the grid, trainer.seed counting up")
-    add("--ranks", type=int, metavar="N", help="processes of a launch (default: one for each GPU)")
+    add("--ranks", type=int, metavar="N", help="processes of a launch (default: one for each accelerator)")
     add("--dry-run", action="store_true", help="print the plan (and the job script), and write nothing")
     add("--no-watch", action="store_true", help="no table; with --slurm, return once all is submitted")
     add("--json", action="store_true", help="print the summary (of --dry-run: the plan) as one JSON object")

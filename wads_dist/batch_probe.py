@@ -68,14 +68,13 @@ class Rehearsal(Trainer):
     def seconds(self, micro: int) -> float:
         """Time of the passes of ``micro`` samples; infinite if there is not the memory."""
         device, elapsed, used = self.ranks.device, [], 0.0
-        give_back_freed_memory()  # of a larger try: it would count against this one
         try:
             for i in range(STEPS + 1):  # the first warms up
                 synchronise(device)
                 started = time.perf_counter()
                 total, discriminator, _, _ = self.losses(self.data.batch(torch.arange(micro, device=device)))
                 if i == 0:
-                    used = memory_used(device)  # of a host: while all that backward needs is there
+                    used = memory_used(device)  # of a host whose processes do not keep what they free
                 total.backward()
                 discriminator.backward()
                 synchronise(device)
@@ -91,11 +90,13 @@ class Rehearsal(Trainer):
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
             used = max(used, memory_used(device))
+            give_back_freed_memory()  # or it would count against the next try, and stay with the worker
         return math.inf if used > MEMORY else min(elapsed[1:])
 
 
 def memory_used(device: torch.device) -> float:
-    """The fraction of a GPU's memory that was in use at most since the last call; of this host's, now."""
+    """The fraction of a GPU's memory that was in use at most since the last call; of this host's, now: with
+    ``keep_freed_memory`` that is what this process has used at most."""
     if device.type == "cpu":
         return psutil.virtual_memory().percent / 100
     free, total = torch.cuda.mem_get_info(device)

@@ -269,7 +269,7 @@ def chosen_categories(config: Config, dataset: Dataset) -> list[str]:
 
 
 def check_settings(config: Config, world_size: int) -> None:
-    """Finds what every worker would fail on, before the first one starts.
+    """Finds what every worker would fail on, before the first one starts; but not packages that do not load.
 
     Raises:
         ConfigError, DataError: batch and ranks, DeepSpeed's file, precision, or the texture bank do not work.

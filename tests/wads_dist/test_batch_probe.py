@@ -91,17 +91,17 @@ config = small_config()
 rehearsal = batch_probe.Rehearsal(config, Ranks(0, 1, 0, 1, torch.device("cpu")), Samples(config))
 for micro in (1, 64, 1):
     rehearsal.seconds(micro)
-    print(max(used))
+    print(max(used), psutil.Process().memory_info().rss)
     used.clear()
 """
 
 
-def test_memory_of_a_try_that_was_too_large_does_not_count_against_a_smaller_one() -> None:
+def test_memory_of_a_large_try_neither_stays_nor_counts_against_a_smaller_one() -> None:
     command = [sys.executable, "-c", KEPT]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True)
-    small, large, after = map(int, done.stdout.split()[-3:])
+    (small, _), (large, left), (after, _) = (map(int, line.split()) for line in done.stdout.splitlines()[-3:])
     assert large - small > 100 << 20
-    assert after - small < (large - small) / 3
+    assert max(after, left) - small < (large - small) / 3
 
 
 class Timed:
