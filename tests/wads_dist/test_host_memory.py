@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reaso
 
 MEBIBYTES = 256
 PROGRAM = f"""
-import json, resource, sys
+import json, resource
 import psutil
 import torch
 from wads_dist.config import load_config
@@ -27,8 +27,7 @@ def faults_of(blocks, size):
 def resident():
     return psutil.Process().memory_info().rss
 
-if "worker" in sys.argv:
-    initialise(load_config([]), threads=1)
+initialise(load_config([]), threads=1)
 faults = [faults_of({MEBIBYTES} // 8, 8) for _ in range(9)]
 kept = resident()
 give_back_freed_memory()
@@ -39,10 +38,10 @@ print(json.dumps([sorted(faults)[4], given_back, resident() - before]))
 """
 
 
-def run(*arguments: str) -> tuple[int, int, int]:
+def run() -> tuple[int, int, int]:
     """Page faults of as many blocks of 8 MiB as were freed before; bytes that could be given back afterwards; and by how much
     the process has grown after as much in one block was allocated and freed again and again."""
-    command = [sys.executable, "-c", PROGRAM, *arguments]
+    command = [sys.executable, "-c", PROGRAM]
     alone = environment(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     done = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -51,15 +50,7 @@ def run(*arguments: str) -> tuple[int, int, int]:
 
 
 def test_a_worker_uses_freed_memory_again_and_can_give_it_back() -> None:
-    faults, given_back, growth = run("worker")
+    faults, given_back, growth = run()
     assert faults < (MEBIBYTES << 20) // 4096 / 100
     assert given_back > (MEBIBYTES << 20) * 0.9
     assert growth < (MEBIBYTES << 20) / 4
-
-
-def test_without_it_memory_is_mapped_anew() -> None:
-    """Otherwise there would be nothing to keep; if glibc changes its ways, this module can go."""
-    faults, given_back, _ = run()
-    # With huge pages a fault maps 512 of them.
-    assert faults >= (MEBIBYTES << 20) // 4096 // 512
-    assert given_back < (MEBIBYTES << 20) / 2
