@@ -74,7 +74,7 @@ class Rehearsal(Trainer):
                 started = time.perf_counter()
                 total, discriminator, _, _ = self.losses(self.data.batch(torch.arange(micro, device=device)))
                 if i == 0:
-                    used = memory_used(device)  # of a host whose processes do not keep what they free
+                    used = memory_used(device)  # of a host: while all that backward needs is there
                 total.backward()
                 discriminator.backward()
                 synchronise(device)
@@ -95,8 +95,8 @@ class Rehearsal(Trainer):
 
 
 def memory_used(device: torch.device) -> float:
-    """The fraction of a GPU's memory that was in use at most since the last call; of this host's, now: with
-    ``keep_freed_memory`` that is what this process has used at most."""
+    """The fraction of a GPU's memory that was in use at most since the last call; of this host's, now, with the freed blocks
+    that a worker keeps."""
     if device.type == "cpu":
         return psutil.virtual_memory().percent / 100
     free, total = torch.cuda.mem_get_info(device)

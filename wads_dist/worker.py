@@ -112,7 +112,7 @@ def initialise(config: Config, threads: int) -> Ranks:
         torch.backends.cudnn.benchmark = True
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
-    else:
+    elif ranks.device.type == "cpu":
         keep_freed_memory()
     deepspeed.utils.logger.setLevel("WARNING")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # warns of a missing CUDA on every CPU
