@@ -11,9 +11,10 @@ from wads_dist.config import Config
 from wads_dist.entry import leave, main
 
 DESCRIPTION = (
-    "Trains the method (wads), the same without SSIM in the reconstruction loss (noSSIM) and without the sparsity KL (noKL), "
-    "each over all categories, scores local binary patterns in the place of the segmenter (LBP), and prints and writes the "
-    "table. The same command goes on with what is not done."
+    "Trains the method (wads), the same without SSIM in the reconstruction loss (noSSIM), without the sparsity KL (noKL) and "
+    "without adversary, latent loss and KL (noGAN), each over all categories, scores local binary patterns in the place of the "
+    "segmenter (LBP), and prints and writes the table, with the paper's numbers where it has them. The same command goes on "
+    "with what is not done."
 )
 
 

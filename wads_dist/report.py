@@ -97,7 +97,7 @@ def score_table(record: RunRecord, scores: dict[str, str]) -> Table:
 
     def row(name: Cell, of: Category | Mean) -> list[Cell]:
         cells = [score_cell(of, path, first) for path in scores]
-        return [name, cells[0], *([Cell(show(of.paper))] if has_paper else []), *cells[1:]]
+        return [name, cells[0], *([Cell(show_paper(of))] if has_paper else []), *cells[1:]]
 
     rows = []
     for c, anchor in zip(record.categories, anchors(record), strict=True):
@@ -108,6 +108,12 @@ def score_table(record: RunRecord, scores: dict[str, str]) -> Table:
         count = "" if over == mean.of else f" ({over} of {mean.of})"
         rows.append((row(Cell(f"mean, {mean.name}{count}"), mean), "mean"))
     return Table(columns, rows)
+
+
+def show_paper(of: Category | Mean) -> str:
+    """The paper's number; of a mean that it prints, that of its values and what is printed."""
+    printed = of.paper_printed if isinstance(of, Mean) else None
+    return show(of.paper) if printed is None else f"{show(of.paper, 4)} (printed {show(printed)})"
 
 
 def score_cell(of: Category | Mean, path: str, first: str) -> Cell:
@@ -194,7 +200,7 @@ def headline(record: RunRecord) -> list[tuple[str, str, str]]:
 
     beside = [over("pixel_auroc"), f"trivial {show(mean.score('trivial.pixel_auroc'))}"]
     if mean.paper is not None:
-        beside.append(f"paper {show(mean.paper)}")
+        beside.append(f"paper {show_paper(mean)}")
     seconds = [(c.score("seconds") or 0.0, c.score("world_size") or 1) for c in record.done]
     return [
         ("pixel AUROC", show(mean.score("pixel_auroc")), ", ".join(beside)),
@@ -351,7 +357,6 @@ def render(record: RunRecord) -> str:
         scores=[score_table(record, PIXEL_SCORES), score_table(record, IMAGE_SCORES)],
         paper=paper,
         has_paper=record.has_paper,
-        paper_known=any(value is not None for value in paper.PIXEL_AUROC.values()),
         decisions=category_table([c for c in record.done if c.threshold], DECISIONS),
         sections=sections,
         effort=category_table(record.categories, EFFORT),

@@ -76,7 +76,7 @@ class Category:
 
     @property
     def paper(self) -> float | None:
-        return paper.pixel_auroc([self.name])
+        return paper.mean([self.name])
 
     def score(self, path: str) -> float | None:
         """A number of ``metrics.json``; a trivial one is that of the detector that is better at it."""
@@ -105,7 +105,12 @@ class Mean:
     @property
     def paper(self) -> float | None:
         """Over the categories whose mean it stands beside."""
-        return paper.pixel_auroc([c.name for c in self.having("pixel_auroc")])
+        return paper.mean([c.name for c in self.having("pixel_auroc")])
+
+    @property
+    def paper_printed(self) -> float | None:
+        """What the paper prints for that mean."""
+        return paper.printed_mean([c.name for c in self.having("pixel_auroc")])
 
     def having(self, path: str) -> list[Category]:
         """The categories that have a score, which is what its mean is over."""
@@ -212,7 +217,7 @@ def as_json(record: RunRecord) -> dict[str, Any]:
 
     def counts(mean: Mean) -> dict[str, Any]:
         over = {path: len(mean.having(path)) for path in SCORES}
-        return {"done": len(mean.categories), "of": mean.of, "over": over}
+        return {"done": len(mean.categories), "of": mean.of, "over": over, "paper_printed": mean.paper_printed}
 
     return {
         "run": str(record.status.run),
