@@ -175,18 +175,22 @@ class Trainer:
         """Forward passes of all networks: what generator and segmenter minimise, what the discriminator does, and its parts.
 
         The discriminator sees X and X̂ once, for both: L_adv's gradient for X̂ is taken from the graph on which L_disc's
-        backward then runs (on X̂ detached, both would need a pass of their own over each image).
+        backward then runs (on X̂ detached, both would need a pass of their own over each image). It is not taken if L_adv weighs
+        nothing.
         """
         weights, mark, step = self.config.objective, self.pulse.mark, self.progress.step
         x_hat, logits, z, z_hat = self.gs(batch.clean, batch.anomalous, weights.latent.detach)
         mark("discriminator", step)
-        seen = x_hat.detach().requires_grad_()
+        seen = x_hat.detach().requires_grad_(weights.adversarial.weight > 0)
         # DeepSpeed must know of a forward pass, but would take a gradient for the outputs it has seen as the step's backward.
         real, fake = self.d(batch.clean), self.d.module(seen)
         adversarial = adversarial_loss(weights.adversarial.form, fake, real[0])
-        scaled = adversarial * self.loss_scale.scale
-        (gradient,) = torch.autograd.grad(scaled, seen, retain_graph=True)
-        adversarial = WithGradient.apply(x_hat, adversarial.detach(), gradient, self.loss_scale.scale)
+        if seen.requires_grad:
+            scaled = adversarial * self.loss_scale.scale
+            (gradient,) = torch.autograd.grad(scaled, seen, retain_graph=True)
+            adversarial = WithGradient.apply(x_hat, adversarial.detach(), gradient, self.loss_scale.scale)
+        else:
+            adversarial = adversarial.detach()
         discriminator = discriminator_loss(real[1], fake[1])
         mark("objective", step)
         target = batch.clean if weights.reconstruction.target == "clean" else batch.anomalous

@@ -3,15 +3,28 @@ import math
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels.synthesis import Batch
 from wads_dist.config import load_config
+from wads_dist.engines import LossScale
 from wads_dist.errors import NotFiniteError
 from wads_dist.guards import Report, Verdict, judge
-from wads_dist.trainer import Losses, Progress, Trainer, WithGradient, adversarial_loss, discriminator_loss
+from wads_dist.models import Discriminator
+from wads_dist.pulse import Pulse
+from wads_dist.trainer import (
+    Losses,
+    Progress,
+    Trainer,
+    WithGradient,
+    adversarial_loss,
+    discriminator_loss,
+    objective_weights,
+)
 from wads_dist.trainer import learning_rate as rate
 
 
@@ -43,6 +56,32 @@ def test_a_loss_whose_gradient_was_taken_before_goes_on_with_it(scale: float) ->
     assert loss.item() == value.item()
     (3 * loss * scale).backward()
     assert x.grad is not None and torch.allclose(x.grad / scale, 3 * 2 * 2 * (2 * x) * w**2)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_gradient_for_the_adversary_is_taken_only_where_it_has_a_weight(
+    weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ablation noGAN: its discriminator goes on learning, and L_adv is told."""
+    taken, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **options: taken.append(1) or grad(*given, **options))
+    config = load_config(["--data.shards", "x", "--objective.adversarial.weight", str(weight)])
+    x_hat = torch.rand(2, 3, 64, 64, requires_grad=True)
+    critic = Discriminator(64, 8)
+    trainer = SimpleNamespace(
+        config=config,
+        weights=objective_weights(config.objective),
+        gs=lambda *_: (x_hat, torch.zeros(2, 1, 64, 64), torch.zeros(2, 8), torch.zeros(2, 8)),
+        d=Mock(side_effect=critic, module=critic),
+        pulse=Pulse(),
+        progress=Progress(),
+        loss_scale=LossScale(),
+    )
+    batch = Batch(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.uint8))
+    total, discriminator, _, extra = Trainer.losses(trainer, batch)  # type: ignore[arg-type]
+    (total + discriminator).backward()
+    assert len(taken) == weight and extra["adversarial"] > 0
+    assert x_hat.grad is not None and all(p.grad is not None for p in critic.parameters())
 
 
 def test_discriminator_loss_is_the_mean_of_two_cross_entropies() -> None:
