@@ -26,10 +26,10 @@ from kernels.backend import Backend
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used. ``problems`` holds one line for each thing that is wrong."""
+    """A configuration that cannot be used. ``problems`` holds one line for each thing that is wrong, ``hint`` what may help."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
+    def __init__(self, problems: Sequence[str], hint: str = "") -> None:
+        self.problems, self.hint = list(problems), hint
         super().__init__("\n".join(self.problems))
 
 
@@ -448,11 +448,14 @@ class Config(_Section):
             raise ValueError("\n".join(problems))
         return self
 
-    def require_data(self) -> None:
+    def require_data(self, hint: str = "") -> None:
         """Raise ConfigError unless exactly one of data.root and data.shards is given (both are refused earlier)."""
         if self.data.root is None and self.data.shards is None:
             raise ConfigError(
-                ["data: nothing to train on; give --data.root DIR (images) or --data.shards DIR (shards already built)"]
+                [
+                    "data: nothing to train on; give --data.root DIR (images) or --data.shards DIR (shards already built)"
+                ],
+                hint,
             )
 
     def to_toml(self) -> str:
@@ -577,6 +580,20 @@ def resolve_batches(config: Config, world_size: int) -> tuple[int, int]:
             ]
         )
     return micro, share // micro
+
+
+HOW_TO_START = """\
+How to start (README.md has more):
+  The demo, two categories within minutes:
+    make demo
+  Your own images; DIR is laid out as MVTec AD, as one category of it, or as good/ and bad/:
+    deepspeed launch/train.py --config configs/mvtec.toml --data.root DIR --run.dir runs/NAME
+  A first look at them without a GPU:
+    export DS_ACCELERATOR=cpu
+    deepspeed --num_accelerators 2 launch/train.py --config configs/hazelnut.toml \\
+      --data.root DIR --data.categories all --run.dir runs/NAME
+  Every setting:
+    python launch/train.py --help"""
 
 
 def help_text() -> str:

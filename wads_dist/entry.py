@@ -6,15 +6,17 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from wads_dist.config import Config, load_config
+from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.errors import EXPLAINED, RankLostError, exit_code
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SAY_SECONDS = 10.0
 
 
 def check_checkout() -> None:
@@ -44,6 +46,13 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _let_the_first_rank_say_it() -> None:
+    """Every rank finds what is wrong with the configuration by itself, and a launcher ends them all as soon as one has left: by
+    then the first, which may be slower, must have told the user. The launcher's signal ends the wait."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(SAY_SECONDS)
+
+
 def main(action: Callable[[Config], int], argv: Sequence[str] | None = None, *, resumes: bool = True) -> int:
     """Reads the configuration, calls ``action``, and returns the exit code (README lists them).
 
@@ -60,5 +69,10 @@ def main(action: Callable[[Config], int], argv: Sequence[str] | None = None, *, 
         if first or isinstance(error, RankLostError):  # the first rank may be the one that is gone
             advice = "; the same command goes on from the last checkpoint" if resumes else ""
             text = str(error) or f"interrupted{advice}"
-            Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
+            console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+            console.print(text, style="red")
+            if isinstance(error, ConfigError) and error.hint:
+                console.print("", error.hint, sep="\n")
+        elif isinstance(error, ConfigError):
+            _let_the_first_rank_say_it()
         return exit_code(error)

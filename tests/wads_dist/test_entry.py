@@ -1,6 +1,8 @@
-"""What a command says when it is broken off."""
+"""What a command says when it is broken off, or cannot begin."""
 
+import re
 import runpy
+import shlex
 import sys
 from typing import Any
 
@@ -8,8 +10,9 @@ import pytest
 
 import wads_dist.entry
 from launch.evaluate import arguments
+from launch.train import train
 from tests.conftest import REPOSITORY
-from wads_dist.config import Config
+from wads_dist.config import HOW_TO_START, Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import ExitCode
 
@@ -58,3 +61,34 @@ def test_a_run_is_evaluated_where_it_is_now() -> None:
         *("--evaluation.bins", "32"),
     ]
     assert arguments(["--config", "a.toml"]) == ["--config", "a.toml"]
+
+
+@pytest.mark.parametrize("given", [[], ["--data.categories", "all"]])
+def test_without_data_one_screen_says_how_to_start(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(train, given) == ExitCode.BAD_CONFIG
+    told = capsys.readouterr().err
+    assert told.startswith("data: nothing to train on; give --data.root DIR") and HOW_TO_START in told
+    assert len(told.splitlines()) <= 20
+
+
+@pytest.mark.parametrize("command", re.findall(r"launch/train\.py (--config.*)", HOW_TO_START.replace("\\\n", " ")))
+def test_what_it_says_to_type_is_a_configuration(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    load_config(shlex.split(command)).require_data()
+
+
+def test_a_rank_that_is_sooner_leaves_it_to_the_first_to_say_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends all ranks when one has left; the first had then not spoken yet."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert main(train, []) == ExitCode.BAD_CONFIG and not capsys.readouterr().err
+    assert waited == [wads_dist.entry.SAY_SECONDS]
+
+
+def test_a_rank_that_the_launcher_ends_meanwhile_has_the_same_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", interrupted)
+    monkeypatch.setenv("RANK", "1")
+    assert main(train, []) == ExitCode.BAD_CONFIG
