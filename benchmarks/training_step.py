@@ -56,7 +56,7 @@ class PlainLoop:
         if not tuned:
             generator = self.wads.generator
             # Ours turns the decoder's first map to channels_last, and all that follows with it.
-            generator.decode = lambda z: (torch.tanh(generator.decoder(z[:, :, None, None].contiguous())) + 1) / 2
+            generator.decode = lambda z, _: (torch.tanh(generator.decoder(z[:, :, None, None].contiguous())) + 1) / 2
         rate, betas = config.trainer.learning_rate, config.trainer.betas
         self.optimizers = [
             torch.optim.Adam(net.parameters(), rate, betas, fused=tuned or None) for net in (self.wads, self.d)

@@ -58,8 +58,7 @@ class LbpModel(Wads):
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        code = self.generator.encode(image)
-        reconstruction = self.generator.decode(code)
+        reconstruction, code = self.generator.reconstruct(image)
         return reconstruction, lbp_maps(image.cpu(), reconstruction.float().cpu()).to(image.device), code
 
 

@@ -175,6 +175,11 @@ class ModelConfig(_Section):
         False, description="the segmenter sees |image - reconstruction| as well as the two: three channels more"
     )
     latent: int = Field(200, ge=1, description="length of the generator's latent code")
+    skips: bool = Field(
+        False,
+        description="the generator's decoder sees the map of every stage of its encoder beside its own, as in Skip-GANomaly; "
+        "without this, as in the paper, an anomaly has to pass through the latent code",
+    )
     standardise_code: bool = Field(
         True,
         description="initialise the code's layer so that the codes of the first 128 samples have mean 0 and deviation 1; "

@@ -1,6 +1,7 @@
 """The networks: a bottleneck generator, a discriminator of the same stack, and a ResNet-FPN segmenter (paper §3.1 to §3.3)."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -82,17 +83,22 @@ class Up(nn.ConvTranspose2d):
 
 
 class Generator(nn.Module):
-    """Encoder to a latent code Z of ``latent`` numbers, decoder back to an image; no skip connections."""
+    """Encoder to a latent code Z of ``latent`` numbers, decoder back to an image.
 
-    def __init__(self, image_size: int, width: int, latent: int, padding: str = "zeros") -> None:
+    With ``skips``, the map that each stage of the encoder has made goes beside the decoder's map of the same side, as in
+    Skip-GANomaly (Akçay et al. 2019). Without, as in the paper, the image has to pass through Z.
+    """
+
+    def __init__(self, image_size: int, width: int, latent: int, padding: str = "zeros", skips: bool = False) -> None:
         super().__init__()
+        self.skips = skips
         self.stack, channels = encoder_stack(3, width, image_size)
         self.code = nn.Conv2d(channels, latent, BOTTLENECK)
         layers: list[nn.Module] = [nn.ConvTranspose2d(latent, channels, BOTTLENECK, bias=False)]
         for stage in reversed(range(int(math.log2(image_size // BOTTLENECK)))):
             layers += [group_norm(channels), nn.ReLU(inplace=True)]
             out = width * min(2 ** (stage - 1), 8) if stage else 3
-            layers += [Up(channels, out, bias=stage == 0, padding=padding)]
+            layers += [Up(2 * channels if skips else channels, out, bias=stage == 0, padding=padding)]
             channels = out
         self.decoder = nn.Sequential(*layers)
         for layer in layers:
@@ -101,7 +107,16 @@ class Generator(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """[N, 3, H, H] -> Z [N, latent]."""
-        return self.code(self.stack(x * 2 - 1)).flatten(1)
+        return self.encode_with_maps(x)[0]
+
+    def encode_with_maps(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """[N, 3, H, H] -> Z [N, latent], and with skip connections the maps that ``decode`` needs, the largest first."""
+        x, maps = x * 2 - 1, []
+        for layer in self.stack:
+            x = layer(x)
+            if self.skips and isinstance(layer, nn.LeakyReLU):
+                maps.append(x)
+        return self.code(x).flatten(1), maps
 
     @torch.no_grad()
     def standardise_code(self, images: Tensor) -> None:
@@ -118,14 +133,23 @@ class Generator(nn.Module):
         self.code.weight.div_(deviation[:, None, None, None])
         self.code.bias.sub_(mean).div_(deviation)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Z [N, latent] -> X̂ = (tanh + 1)/2, [N, 3, H, H] in [0, 1]."""
+    def decode(self, z: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
+        """Z [N, latent] and the encoder's ``maps`` (without skip connections, none) -> X̂ = (tanh + 1)/2, [N, 3, H, H] in
+        [0, 1]."""
         first, *rest = self.decoder
         # A 1×1 map has no memory format to hand on, so the first real map is given one.
         x = first(z[:, :, None, None]).contiguous(memory_format=torch.channels_last)
+        remaining = list(maps)
         for layer in rest:
+            if remaining and isinstance(layer, Up):
+                x = torch.cat([x, remaining.pop()], 1).contiguous(memory_format=torch.channels_last)
             x = layer(x)
         return (torch.tanh(x) + 1) / 2
+
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, H] in [0, 1] -> X̂ of that shape, Z [N, latent]."""
+        code, maps = self.encode_with_maps(x)
+        return self.decode(code, maps), code
 
 
 class Discriminator(nn.Module):
@@ -209,7 +233,7 @@ class Wads(nn.Module):
 
     def __init__(self, config: ModelConfig, image_size: int, precision: str = "fp32") -> None:
         super().__init__()
-        self.generator = Generator(image_size, config.width, config.latent, config.padding)
+        self.generator = Generator(image_size, config.width, config.latent, config.padding, config.skips)
         self.segmenter = Segmenter(config)
         self.segmenter_gradient = config.segmenter_gradient
         self.sigma, self.error_weight = config.smoothing, config.error_weight
@@ -224,10 +248,10 @@ class Wads(nn.Module):
         with autocast(clean.device, self.precision):
             # X_a first: autocast keeps the half-precision weights of the first call, and ones made under no_grad would
             # cut the encoder's gradient.
-            anomalous_code = self.generator.encode(anomalous)
+            anomalous_code, maps = self.generator.encode_with_maps(anomalous)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_code):
                 code = self.generator.encode(clean)
-            reconstruction = self.generator.decode(anomalous_code)
+            reconstruction = self.generator.decode(anomalous_code, maps)
             seen = reconstruction if self.segmenter_gradient else reconstruction.detach()
             return reconstruction, self.segmenter(anomalous, seen), code, anomalous_code
 
@@ -255,8 +279,7 @@ class Wads(nn.Module):
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Image [N, 3, H, H] in [0, 1] -> X̂, anomaly probability [N, H, H] float32, code Ẑ [N, latent]."""
-        code = self.generator.encode(image)
-        reconstruction = self.generator.decode(code)
+        reconstruction, code = self.generator.reconstruct(image)
         return reconstruction, self.segment(image, reconstruction), code
 
 

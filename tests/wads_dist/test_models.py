@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,27 @@ from torch import nn
 
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
-from wads_dist.models import Discriminator, Segmenter, Up, Wads, bilinear_init_, load_backbone
+from wads_dist.models import (
+    Discriminator,
+    Generator,
+    Segmenter,
+    Up,
+    Wads,
+    bilinear_init_,
+    encoder_stack,
+    group_norm,
+    load_backbone,
+)
 
 SMALL = ModelConfig(backbone="resnet18", width=8, fpn_width=32, latent=200)
+SKIPS = SMALL.model_copy(update={"skips": True})
 
 
+@pytest.mark.parametrize("config", [SMALL, SKIPS], ids=["plain", "skips"])
 @pytest.mark.parametrize("size", [64, 128])
-def test_shapes_and_ranges(size: int) -> None:
+def test_shapes_and_ranges(size: int, config: ModelConfig) -> None:
     x = torch.rand(2, 3, size, size)
-    reconstruction, logits, code, anomalous_code = Wads(SMALL, size)(x, x, True)
+    reconstruction, logits, code, anomalous_code = Wads(config, size)(x, x, True)
     assert reconstruction.shape == x.shape and reconstruction.min() >= 0 and reconstruction.max() <= 1
     assert logits.shape == (2, 1, size, size)
     assert code.shape == anomalous_code.shape == (2, 200)
@@ -33,12 +46,14 @@ def test_the_discriminator_and_the_generator_have_no_batch_statistics() -> None:
     assert torch.allclose(wads.generator.encode(x)[:2], wads.generator.encode(x[:2]), atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("detach", [True, False])
-def test_every_parameter_gets_a_gradient(precision: str, detach: bool) -> None:
+@pytest.mark.parametrize(
+    ("config", "precision", "detach"),
+    [*itertools.product([SMALL], ["fp32", "bf16"], [True, False]), (SKIPS, "bf16", True)],
+)
+def test_every_parameter_gets_a_gradient(config: ModelConfig, precision: str, detach: bool) -> None:
     """Under autocast too: half-precision weights cached under no_grad would cut the encoder off."""
     torch.manual_seed(0)
-    wads = Wads(SMALL, 64, precision)
+    wads = Wads(config, 64, precision)
     x = torch.rand(2, 3, 64, 64)
     reconstruction, logits, code, anomalous_code = wads(x, x.flip(0), detach)
     assert code.requires_grad == (not detach)
@@ -55,14 +70,71 @@ def test_the_untrained_decoder_is_smooth() -> None:
     assert neighbours < 0.1 * image.var((-2, -1)).mean()
 
 
-def test_standardised_codes_have_unit_spread() -> None:
+@pytest.mark.parametrize("config", [SMALL, SKIPS], ids=["plain", "skips"])
+def test_standardised_codes_have_unit_spread(config: ModelConfig) -> None:
     torch.manual_seed(0)
-    generator = Wads(SMALL, 64).generator
+    generator = Wads(config, 64).generator
     x = 0.5 + 0.05 * torch.rand(64, 3, 64, 64)
     assert generator.encode(x).std(0).mean() < 0.5
     generator.standardise_code(x)
     code = generator.encode(x)
     assert torch.allclose(code.std(0), torch.ones(200), atol=1e-3) and code.mean(0).abs().max() < 1e-3
+
+
+def test_without_skip_connections_the_generator_is_what_it_was_before_they_could_be_had() -> None:
+    """Bitwise: parameters, what the random generator is left at, code and reconstruction; so runs made before can go on."""
+    torch.manual_seed(0)
+    stack, channels = encoder_stack(3, 8, 64)
+    code, first = nn.Conv2d(channels, 16, 4), nn.ConvTranspose2d(16, channels, 4, bias=False)
+    ups = [Up(a, b, bias=b == 3, padding="zeros") for a, b in ((64, 32), (32, 16), (16, 8), (8, 3))]
+    decoder = nn.Sequential(first, *(m for up in ups for m in (group_norm(up.in_channels), nn.ReLU(), up)))
+    for up in ups:
+        bilinear_init_(up)
+    follows = torch.rand(1)
+    torch.manual_seed(0)
+    generator = Generator(64, 8, 16)
+    assert torch.equal(torch.rand(1), follows)
+    expected = nn.ModuleDict({"stack": stack, "code": code, "decoder": decoder}).state_dict()
+    state = generator.state_dict()
+    assert list(state) == list(expected) and all(torch.equal(state[name], expected[name]) for name in state)
+    x = torch.rand(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    z = code(stack(x * 2 - 1)).flatten(1)
+    x_hat = decoder[1:](first(z[:, :, None, None]).contiguous(memory_format=torch.channels_last))
+    assert torch.equal(generator.encode(x), z)
+    assert torch.equal(generator.reconstruct(x)[0], (torch.tanh(x_hat) + 1) / 2)
+    assert generator.encode_with_maps(x)[1] == []
+
+
+def test_with_skip_connections_every_stage_of_the_encoder_reaches_the_decoder_by_itself() -> None:
+    torch.manual_seed(0)
+    generator = Wads(SKIPS, 64).generator
+    code, maps = generator.encode_with_maps(torch.rand(1, 3, 64, 64))
+    assert [tuple(m.shape[1:]) for m in maps] == [(8, 32, 32), (16, 16, 16), (32, 8, 8), (64, 4, 4)]
+    plain = generator.decode(code, maps)
+    for i in range(4):
+        changed = [torch.zeros_like(m) if j == i else m for j, m in enumerate(maps)]
+        assert not torch.allclose(generator.decode(code, changed), plain, atol=1e-4)
+    assert not torch.allclose(generator.decode(code + 1, maps), plain, atol=1e-4)
+
+
+def test_skip_connections_keep_the_decoder_in_channels_last() -> None:
+    """Of an image in torch's own layout too, whose maps have that layout."""
+    generator = Wads(SKIPS, 64).generator
+    layouts: list[bool] = []
+    for up in (layer for layer in generator.decoder if isinstance(layer, Up)):
+        up.register_forward_pre_hook(
+            lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    for layout in (torch.contiguous_format, torch.channels_last):
+        generator.reconstruct(torch.rand(2, 3, 64, 64).contiguous(memory_format=layout))
+    assert layouts == [True] * 8
+
+
+def test_training_and_prediction_reconstruct_alike_through_skip_connections() -> None:
+    wads, x = Wads(SKIPS, 64).eval(), torch.rand(2, 3, 64, 64)
+    reconstruction, _, code = wads.predict(x)
+    trained, _, _, trained_code = wads(x.flip(0), x, True)
+    assert torch.equal(reconstruction, trained) and torch.equal(code, trained_code)
 
 
 def test_segmentation_gradients_stop_at_the_generator_when_told_to() -> None:

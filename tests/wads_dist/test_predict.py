@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from launch.predict import parse
 from launch.predict import predict as predict_from_command_line
@@ -27,10 +28,10 @@ from tests.conftest import REPOSITORY, environment
 from wads_dist.config import Config, load_config
 from wads_dist.data import TestImages
 from wads_dist.errors import ExitCode, ModelFileError, WadsError
-from wads_dist.evaluate import save_weights
+from wads_dist.evaluate import save_weights, trained_config
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
-from wads_dist.predict import Description, Detector, Thresholds, load, read_image
+from wads_dist.predict import WEIGHTS, Description, Detector, Thresholds, load, load_weights, read_image
 from wads_dist.predict_files import _batches, find_images, predict_files
 from wads_dist.scoring import predict as evaluation_predict
 from wads_dist.thresholds import Threshold
@@ -266,6 +267,15 @@ def test_a_threshold_file_without_thresholds_is_refused_by_its_name(
     (folder / "threshold.json").write_text(text)
     with pytest.raises(ModelFileError, match=r"threshold\.json: holds no thresholds"):
         load(folder)
+
+
+def test_weights_of_before_skip_connections_have_none(run: Path, tmp_path: Path) -> None:
+    with safe_open(run / WEIGHTS, "pt") as weights:
+        header = weights.metadata()
+    assert header["config"].count("skips = false\n") == 1
+    header["config"] = header["config"].replace("skips = false\n", "")
+    save_file(load_file(run / WEIGHTS), tmp_path / WEIGHTS, header)
+    assert not load_weights(tmp_path)[0].generator.skips and not trained_config(tmp_path).model.skips
 
 
 def test_a_model_without_a_threshold_scores_and_does_not_decide(run: Path, tmp_path: Path) -> None:
