@@ -86,7 +86,7 @@ class PlainLoop:
     def passes(self, batch: Batch, x_hat: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """L_adv, and how to compute L_disc: a pass of its own over each image for either."""
         with torch.no_grad():
-            real = self.d(batch.clean)[0]
+            real = self.d(batch.clean)
         self.d.requires_grad_(False)
         adversarial = adversarial_loss(self.config.objective.adversarial.form, self.d(x_hat), real)
         self.d.requires_grad_(True)
@@ -96,7 +96,7 @@ class PlainLoop:
         """The same from one pass, as the trainer does it."""
         seen = x_hat.detach().requires_grad_()
         real, fake = self.d(batch.clean), self.d(seen)
-        value = adversarial_loss(self.config.objective.adversarial.form, fake, real[0])
+        value = adversarial_loss(self.config.objective.adversarial.form, fake, real)
         (gradient,) = torch.autograd.grad(value, seen, retain_graph=True)
         loss = discriminator_loss(real[1], fake[1])
         return WithGradient.apply(x_hat, value.detach(), gradient, 1.0), lambda: loss

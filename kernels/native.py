@@ -49,7 +49,7 @@ class _ObjectiveSettings(ctypes.Structure):
         *((name, c_int64) for name in ("images", "channels", "height", "width")),
         *((name, c_int64) for name in ("x_plane", "x_pixel", "y_plane", "y_pixel")),
         *((name, c_double) for name in ("reconstruction", "ssim", "l2", "focal", "gamma", "kl", "rho")),
-        ("pixel_kl", c_int64),
+        *((name, c_int64) for name in ("pixel_kl", "reverse_kl")),
     ]
 
 
@@ -241,7 +241,8 @@ def objective(
     w = weights
     c_settings = _ObjectiveSettings(
         n, c, height, width, x_plane, x_pixel, y_plane, y_pixel,
-        w.reconstruction, w.ssim, w.l2, w.focal, w.gamma, w.kl, w.rho, w.kl_form == "pixel",
+        w.reconstruction, w.ssim, w.l2, w.focal, w.gamma, w.kl, w.rho,
+        w.kl_form == "pixel", w.kl_direction == "reverse",
     )  # fmt: skip
     library.wads_objective(
         x.data_ptr(), y.data_ptr(), z.data_ptr(), m.data_ptr(), ctypes.addressof(c_settings), per_image.data_ptr(),

@@ -1,6 +1,8 @@
-"""The objective over one batch: reconstruction (SSIM + L2, Eq 3.2), focal loss (Eq 3.7) and sparsity KL (Eq 3.6).
+"""The objective over one batch: reconstruction (SSIM + L2, Eq 3.3), focal loss (Eq 3.7) and sparsity KL (Eq 3.6).
 
-    L = w_con · [w_ssim · (1 − SSIM(X, X̂)) + w_l2 · MSE(X, X̂)] + w_focal · focal(logits, M) + w_kl · KL(ρ ‖ p̄)
+    L = w_con · [w_ssim · (1 − SSIM(X, X̂)) + w_l2 · MSE(X, X̂)] + w_focal · focal(logits, truth) + w_kl · KL(M ‖ ρ)
+
+M is the predicted mask, σ(logits): each pixel's (``pixel``) or its mean over the image (``area``).
 
 The functions on tensors are the PyTorch form, which defines the meaning. ``objective`` runs it or, fused, one of the two that
 compute values and gradient together: ``objective_triton.py`` on a GPU, ``native.py`` on a CPU. Everything is computed in fp32
@@ -22,6 +24,9 @@ SIGMA = 1.5
 C1, C2 = 0.01**2, 0.03**2
 TAPS_SUM = math.fsum(math.exp(-((k - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for k in range(WINDOW))
 
+KLForm = Literal["area", "pixel"]
+KLDirection = Literal["printed", "reverse"]
+
 
 @dataclass(frozen=True)
 class ObjectiveWeights:
@@ -34,7 +39,8 @@ class ObjectiveWeights:
     gamma: float = 2.0
     kl: float = 0.01
     rho: float = 0.1
-    kl_form: Literal["area", "pixel"] = "area"
+    kl_form: KLForm = "area"
+    kl_direction: KLDirection = "printed"
 
 
 @dataclass(frozen=True)
@@ -102,15 +108,24 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return (miss**gamma * cross_entropy).flatten(1).mean(1)
 
 
-def sparsity_kl(logits: Tensor, rho: float, form: Literal["area", "pixel"]) -> Tensor:
-    """Eq 3.6, KL(Bernoulli(ρ) ‖ Bernoulli(p)), per image: p is the mean predicted mask (``area``), or each pixel's own
-    probability and the divergence is averaged (``pixel``). Returns [N]; finite for every finite logit."""
+def sparsity_kl(logits: Tensor, rho: float, form: KLForm, direction: KLDirection = "printed") -> Tensor:
+    """Eq 3.6 of each image, as a divergence of Bernoulli distributions. Returns [N]; finite for every finite logit.
+
+    Args:
+        logits: [N, ...]; M = σ(logits).
+        form: ``area``: of the image's mean of M; ``pixel``: of every pixel's M, averaged.
+        direction: ``printed``: KL(M ‖ ρ) = M·log(M/ρ) + (1 − M)·log((1 − M)/(1 − ρ)), which lies between 0 and
+            −log ρ or −log(1 − ρ), whichever is larger; ``reverse``: KL(ρ ‖ M), which has no bound.
+    """
     logits = _full(logits).flatten(1)
+    log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
     if form == "area":
-        log_p, log_q = _log_mean_sigmoid(logits), _log_mean_sigmoid(-logits)
+        log_p, log_q = _log_mean_exp(log_p), _log_mean_exp(log_q)
+    if direction == "printed":
+        kl = log_p.exp() * (log_p - math.log(rho)) + log_q.exp() * (log_q - math.log(1 - rho))
     else:
-        log_p, log_q = F.logsigmoid(logits).mean(1), F.logsigmoid(-logits).mean(1)
-    return rho * (math.log(rho) - log_p) + (1 - rho) * (math.log(1 - rho) - log_q)
+        kl = rho * (math.log(rho) - log_p) + (1 - rho) * (math.log(1 - rho) - log_q)
+    return kl if form == "area" else kl.mean(1)
 
 
 def objective(
@@ -167,7 +182,7 @@ def _reference(x: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor, 
     """The four terms of each image, [4, N], differentiable."""
     mse = (_full(reconstruction) - _full(x)).square().mean((1, 2, 3))
     focal = focal_loss(logits, mask, weights.gamma)
-    kl = sparsity_kl(logits, weights.rho, weights.kl_form)
+    kl = sparsity_kl(logits, weights.rho, weights.kl_form, weights.kl_direction)
     return torch.stack([1 - ssim(x, reconstruction), mse, focal, kl])
 
 
@@ -202,9 +217,9 @@ def dense_format(image: Tensor) -> torch.memory_format:
     return torch.channels_last if by_pixel else torch.contiguous_format
 
 
-def _log_mean_sigmoid(logits: Tensor) -> Tensor:
-    """log of the mean of σ over the last dimension, without underflow however negative the logits are."""
-    return torch.logsumexp(F.logsigmoid(logits), -1) - math.log(logits.shape[-1])
+def _log_mean_exp(values: Tensor) -> Tensor:
+    """log of the mean of exp over the last dimension, without underflow however negative the values are."""
+    return torch.logsumexp(values, -1) - math.log(values.shape[-1])
 
 
 # --- the fused implementations, registered with torch.library and called past it in eager mode ------------------------------
@@ -215,24 +230,27 @@ _resolve = torch.compiler.assume_constant_result(resolve)
 Fused = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _flat(weights: ObjectiveWeights) -> tuple[list[float], bool]:
-    """As an operator's schema can say it: the numbers, and whether the KL is per pixel."""
+def _flat(weights: ObjectiveWeights) -> tuple[list[float], bool, bool]:
+    """As an operator's schema can say it: the numbers, and whether the KL is per pixel and whether it is the reverse."""
     w = weights
-    return [w.reconstruction, w.ssim, w.l2, w.focal, w.gamma, w.kl, w.rho], w.kl_form == "pixel"
+    numbers = [w.reconstruction, w.ssim, w.l2, w.focal, w.gamma, w.kl, w.rho]
+    return numbers, w.kl_form == "pixel", w.kl_direction == "reverse"
 
 
-def _unflat(numbers: list[float], pixel_kl: bool) -> ObjectiveWeights:
+def _unflat(numbers: list[float], pixel_kl: bool, reverse_kl: bool) -> ObjectiveWeights:
     reconstruction, ssim, l2, focal, gamma, kl, rho = numbers
-    return ObjectiveWeights(reconstruction, ssim, l2, focal, gamma, kl, rho, "pixel" if pixel_kl else "area")
+    form: KLForm = "pixel" if pixel_kl else "area"
+    direction: KLDirection = "reverse" if reverse_kl else "printed"
+    return ObjectiveWeights(reconstruction, ssim, l2, focal, gamma, kl, rho, form, direction)
 
 
 def _forward(
     x: Tensor, reconstruction: Tensor, logits: Tensor, mask: Tensor, weights: list[float], pixel_kl: bool,
-    implementation: str, gradients: bool,
+    reverse_kl: bool, implementation: str, gradients: bool,
 ) -> Fused:  # fmt: skip
     """total [], means [4], per_image [4, N], and what backward needs: dtotal/dX̂, and of the logits either their gradient
     (native) or two numbers per image from which it is made again (triton)."""
-    w = _unflat(weights, pixel_kl)
+    w = _unflat(weights, pixel_kl, reverse_kl)
     if implementation == "triton":
         from kernels import objective_triton
 
@@ -249,7 +267,8 @@ def _forward(
 
 def _backward(
     upstream: Tensor, d_reconstruction: Tensor, saved: Tensor, logits: Tensor | None, mask: Tensor | None,
-    weights: list[float], pixel_kl: bool, implementation: str, dtype: torch.dtype, logits_dtype: torch.dtype,
+    weights: list[float], pixel_kl: bool, reverse_kl: bool, implementation: str, dtype: torch.dtype,
+    logits_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of reconstruction and logits, of these types, given dL/dtotal. What was saved stays as it is.
 
@@ -258,7 +277,7 @@ def _backward(
     if logits is not None and mask is not None:
         from kernels import objective_triton
 
-        w = _unflat(weights, pixel_kl)
+        w = _unflat(weights, pixel_kl, reverse_kl)
         return objective_triton.backward(upstream, d_reconstruction, saved, logits, mask, w, dtype)
     return (upstream * d_reconstruction).to(dtype), (upstream * saved).to(logits_dtype)
 
@@ -273,8 +292,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Fused) -> None:
 
 def _gradients(backward: Any, ctx: Any, upstream: Tensor | None) -> tuple[Any, ...]:
     if upstream is None:
-        return (None,) * 8
-    return None, *backward(upstream, *ctx.saved_tensors, *ctx.options, *ctx.dtypes), None, None, None, None, None
+        return (None,) * 9
+    return None, *backward(upstream, *ctx.saved_tensors, *ctx.options, *ctx.dtypes), *(None,) * 6
 
 
 class _Objective(torch.autograd.Function):
@@ -299,7 +318,7 @@ _backward_operator = torch.library.custom_op("wads::objective_backward", _backwa
 
 
 @_operator.register_fake
-def _(x, reconstruction, logits, mask, weights, pixel_kl, implementation, gradients) -> Fused:
+def _(x, reconstruction, logits, mask, weights, pixel_kl, reverse_kl, implementation, gradients) -> Fused:
     triton, images = implementation == "triton", x.shape[0]
     real = computed_in(reconstruction, logits) if triton else torch.float32
     total, means, per_image = (x.new_empty(shape, dtype=real) for shape in ((), (4,), (4, images)))
@@ -315,7 +334,9 @@ def _(x, reconstruction, logits, mask, weights, pixel_kl, implementation, gradie
 
 
 @_backward_operator.register_fake
-def _(upstream, d_reconstruction, saved, logits, mask, weights, pixel_kl, implementation, dtype, logits_dtype):
+def _(
+    upstream, d_reconstruction, saved, logits, mask, weights, pixel_kl, reverse_kl, implementation, dtype, logits_dtype
+):
     shape = saved.shape if logits is None else logits.shape
     return torch.empty_like(d_reconstruction, dtype=dtype), saved.new_empty(shape, dtype=logits_dtype)
 

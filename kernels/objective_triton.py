@@ -306,9 +306,10 @@ def _log_of_sums(total, most, axis: tl.constexpr):
 @triton.jit
 def _mask_block(
     logits, mask, partials, block, blocks, blocks_per_image, pixels, gamma,
-    PIXEL_KL: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    PIXEL_KL: tl.constexpr, REVERSE_KL: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Over one block of an image's logits: the sum of the focal loss, and log Σ σ(±z) (``pixel``: Σ log σ(±z)).
+    """Over one block of an image's logits: the sum of the focal loss, and two that Eq 3.6 is made of: log Σ σ(z) and
+    log Σ σ(−z) (``area``); Σ log σ(z) and Σ log σ(−z) (``pixel``, reverse); Σ −H(σ(z)) and Σ σ(z), H the entropy (``pixel``).
 
     logits, mask: [N, pixels]. partials: [3, blocks].
     """
@@ -327,8 +328,13 @@ def _mask_block(
         power = tl.exp(tl.cast(gamma, REAL) * tl.maximum(log_miss, LOG_CLAMP))
         focal -= tl.where(inside, power * log_hit, 0.0)
         if PIXEL_KL:
-            sum_p += tl.where(inside, log_p, 0.0)
-            sum_q += tl.where(inside, log_q, 0.0)
+            if REVERSE_KL:
+                sum_p += tl.where(inside, log_p, 0.0)
+                sum_q += tl.where(inside, log_q, 0.0)
+            else:
+                p = tl.exp(log_p)
+                sum_p += tl.where(inside, p * log_p + tl.exp(log_q) * log_q, 0.0)
+                sum_q += tl.where(inside, p, 0.0)
         else:
             sum_p, most_p = _add_exponential(sum_p, most_p, tl.where(inside, log_p, LOWEST))
             sum_q, most_q = _add_exponential(sum_q, most_q, tl.where(inside, log_q, LOWEST))
@@ -347,15 +353,15 @@ def objective_forward_kernel(
     images, channels, height, width, strips, bands, rows, blocks, blocks_per_image,
     sx_n, sx_c, sx_h, sx_w, sy_n, sy_c, sy_h, sy_w, sg_n, sg_c, sg_h, sg_w,
     reconstruction_weight, ssim_weight, l2_weight, gamma,
-    GRADIENT: tl.constexpr, PIXEL_KL: tl.constexpr, REAL: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    GRADIENT: tl.constexpr, PIXEL_KL: tl.constexpr, REVERSE_KL: tl.constexpr, REAL: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Launch 1. The first ``blocks`` programs take a block of logits each, the others a tile each."""
     program = tl.program_id(0)
     if program < blocks:
         _mask_block(
             logits, mask, block_partials, program, blocks, blocks_per_image, height * width, gamma,
-            PIXEL_KL, REAL, BLOCK, STEP,
+            PIXEL_KL, REVERSE_KL, REAL, BLOCK, STEP,
         )  # fmt: skip
     else:
         tiles = images * channels * strips * bands
@@ -380,7 +386,7 @@ def objective_reduce_kernel(
     tile_partials, block_partials, per_image, means, total, log_areas,
     images, channels, height, width, tiles_per_image, blocks_per_image,
     reconstruction_weight, ssim_weight, l2_weight, focal_weight, kl_weight, rho,
-    PIXEL_KL: tl.constexpr, REAL: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
+    PIXEL_KL: tl.constexpr, REVERSE_KL: tl.constexpr, REAL: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Launch 2, one program. Every sum is taken in an order that depends on shapes alone.
 
@@ -427,10 +433,16 @@ def objective_reduce_kernel(
         else:
             log_p = _log_of_sums(sum_p, most_p, 1) - tl.log(pixels)
             log_q = _log_of_sums(sum_q, most_q, 1) - tl.log(pixels)
+        if REVERSE_KL:
+            kl = rho * (tl.log(rho) - log_p) + (1.0 - rho) * (tl.log(1.0 - rho) - log_q)
+        elif PIXEL_KL:
+            minus_entropy, mean_p = log_p, log_q
+            kl = minus_entropy - mean_p * tl.log(rho) - (1.0 - mean_p) * tl.log(1.0 - rho)
+        else:
+            kl = tl.exp(log_p) * (log_p - tl.log(rho)) + tl.exp(log_q) * (log_q - tl.log(1.0 - rho))
 
         dissimilarity, squared_error = dissimilarity / (planes * windows), squared_error / (planes * pixels)
         focal = focal / pixels
-        kl = rho * (tl.log(rho) - log_p) + (1.0 - rho) * (tl.log(1.0 - rho) - log_q)
         tl.store(per_image + image, dissimilarity, mask=inside)
         tl.store(per_image + images + image, squared_error, mask=inside)
         tl.store(per_image + 2 * images + image, focal, mask=inside)
@@ -462,7 +474,7 @@ def objective_backward_kernel(
     upstream, saved_dy, dy, logits, mask, log_areas, dlogits,
     elements, elementwise_blocks, blocks_per_image, images, pixels,
     focal_weight, gamma, kl_weight, rho,
-    PIXEL_KL: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
+    PIXEL_KL: tl.constexpr, REVERSE_KL: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Launch 3. The first ``elementwise_blocks`` programs scale the saved gradient, the others make that of the logits.
 
@@ -489,14 +501,24 @@ def objective_backward_kernel(
         power = tl.exp(tl.cast(gamma, REAL) * tl.maximum(log_miss, LOG_CLAMP))
         of_power = tl.where(log_miss >= LOG_CLAMP, tl.cast(gamma, REAL) * hit, 0.0)  # d log(power) / du
         focal = (1.0 - 2.0 * truth) * power * (miss - of_power * log_hit)
-        if PIXEL_KL:
-            kl = (tl.exp(log_p) - rho) / tl.cast(pixels, REAL)
+        if PIXEL_KL and REVERSE_KL:
+            kl = tl.exp(log_p) - rho
         else:
-            mean_log_p, mean_log_q = tl.load(log_areas + image), tl.load(log_areas + images + image)
             both = tl.where(inside, log_p + log_q, LOWEST)  # log of σ(z) · σ(−z), the derivative of σ
-            kl = ((1.0 - rho) * tl.exp(both - mean_log_q) - rho * tl.exp(both - mean_log_p)) / tl.cast(pixels, REAL)
-        slope = tl.cast(focal_weight, REAL) * focal / tl.cast(pixels, REAL) + tl.cast(kl_weight, REAL) * kl
-        tl.store(dlogits + at, (g / tl.cast(images, REAL) * slope).to(dlogits.dtype.element_ty), mask=inside)
+            if PIXEL_KL:
+                kl = tl.exp(both) * (z - (tl.log(rho) - tl.log(1.0 - rho)))
+            else:
+                mean_log_p, mean_log_q = tl.load(log_areas + image), tl.load(log_areas + images + image)
+                if REVERSE_KL:
+                    kl = (1.0 - rho) * tl.exp(both - mean_log_q) - rho * tl.exp(both - mean_log_p)
+                else:
+                    kl = tl.exp(both) * ((mean_log_p - mean_log_q) - (tl.log(rho) - tl.log(1.0 - rho)))
+        slope = tl.cast(focal_weight, REAL) * focal + tl.cast(kl_weight, REAL) * kl
+        tl.store(
+            dlogits + at,
+            (g / (tl.cast(images, REAL) * tl.cast(pixels, REAL)) * slope).to(dlogits.dtype.element_ty),
+            mask=inside,
+        )
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------------
@@ -551,8 +573,8 @@ def forward(
     scratch = new(tiles, 2, STAGED.value, 2 * LANES + 32)
     tile_partials, block_partials = new(2, tiles), new(3, blocks)
     total, means, per_image, log_areas = new(), new(4), new(4, images), new(2, images)
-    w, pixel = weights, weights.kl_form == "pixel"
-    types = {"REAL": _TRITON[real], "PIXEL_KL": pixel}
+    w = weights
+    types = {"REAL": _TRITON[real], **_reading(w)}
     with _on(x.device):
         objective_forward_kernel[(blocks + tiles,)](
             x, reconstruction, dy, logits, mask, scratch, tile_partials, block_partials,
@@ -584,12 +606,16 @@ def backward(
             upstream, saved, dy, logits, mask, log_areas, dlogits,
             saved.numel(), elementwise, blocks_per_image, images, pixels,
             weights.focal, weights.gamma, weights.kl, weights.rho,
-            PIXEL_KL=weights.kl_form == "pixel", REAL=_TRITON[log_areas.dtype], BLOCK=BACKWARD_BLOCK, **BACKWARD,
+            REAL=_TRITON[log_areas.dtype], BLOCK=BACKWARD_BLOCK, **_reading(weights), **BACKWARD,
         )  # fmt: skip
     return dy, dlogits
 
 
 _TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _reading(weights: ObjectiveWeights) -> dict[str, bool]:
+    return {"PIXEL_KL": weights.kl_form == "pixel", "REVERSE_KL": weights.kl_direction == "reverse"}
 
 
 def _bytes(mask: Tensor) -> Tensor:
@@ -616,7 +642,7 @@ def compile_specs() -> list[KernelSpec]:
             name: "i32" for name in ("images", "channels", "strips", "bands", "rows", "blocks", "blocks_per_image")
         }
         kinds |= {name: "fp32" for name in ("reconstruction_weight", "ssim_weight", "l2_weight", "gamma")}
-        constants = {"GRADIENT": True, "PIXEL_KL": False, "REAL": tl.float32, "LANES": WARP_SIZE}
+        constants = {"GRADIENT": True, "PIXEL_KL": False, "REVERSE_KL": False, "REAL": tl.float32, "LANES": WARP_SIZE}
         constants |= {"BLOCK": MASK_BLOCK, "STEP": MASK_STEP}
         # As Triton specialises the strides of 3×128×128: one is a constant, multiples of 16 are known to be that.
         for tensor in ("sx", "sy", "sg"):
@@ -630,7 +656,7 @@ def compile_specs() -> list[KernelSpec]:
     kinds |= {name: "i32" for name in ("images", "channels", "tiles_per_image", "blocks_per_image")}
     kinds |= {name: "i32:16" for name in ("height", "width")}
     kinds |= {name: "fp32" for name in objective_reduce_kernel.arg_names[12:18]}
-    constants = {"PIXEL_KL": False, "REAL": tl.float32, "IMAGES": 64, "BLOCK": 32}
+    constants = {"PIXEL_KL": False, "REVERSE_KL": False, "REAL": tl.float32, "IMAGES": 64, "BLOCK": 32}
     specs.append(KernelSpec("objective_reduce", objective_reduce_kernel, kinds, constants, num_warps=8))
 
     kinds = {name: "*bf16" for name in ("saved_dy", "dy", "logits", "dlogits")}
@@ -638,6 +664,6 @@ def compile_specs() -> list[KernelSpec]:
     kinds |= {name: "i32:16" for name in ("elements", "pixels")}
     kinds |= {name: "i32" for name in ("elementwise_blocks", "blocks_per_image", "images")}
     kinds |= {name: "fp32" for name in ("focal_weight", "gamma", "kl_weight", "rho")}
-    constants = {"PIXEL_KL": False, "REAL": tl.float32, "BLOCK": BACKWARD_BLOCK}
+    constants = {"PIXEL_KL": False, "REVERSE_KL": False, "REAL": tl.float32, "BLOCK": BACKWARD_BLOCK}
     specs.append(KernelSpec("objective_backward bf16", objective_backward_kernel, kinds, constants, num_warps=4))
     return specs

@@ -29,10 +29,11 @@ import torch
 
 from wads_dist import checkpoint_files as files
 from wads_dist.checkpoint_files import PROGRESS, FileEntry, hashed_file, write_text
+from wads_dist.config import config_difference, recorded_config
 from wads_dist.errors import ResumeError
 
 if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the command at the end of this file does without
-    from wads_dist.config import CheckpointConfig
+    from wads_dist.config import CheckpointConfig, Config
     from wads_dist.distributed import Ranks
     from wads_dist.trainer import Trainer
 
@@ -276,6 +277,21 @@ def meta(trainer: "Trainer", data: DataHashes, loss: float | None) -> dict[str, 
 # --- resuming ----------------------------------------------------------------------------------------------------
 
 
+def check_objective(saved: str, config: "Config", checkpoint: Path) -> None:
+    """Raises ResumeError where a checkpoint of the configuration ``saved`` (TOML) was trained for something else than
+    ``config`` asks for. ``record.check_run`` asks the run's folder first, but its record may be gone."""
+    try:
+        changed = config_difference(recorded_config(saved), config)
+    except ValueError as error:
+        raise ResumeError(f"{checkpoint}: its settings are not those of this version of WADS-dist ({error})") from error
+    if lines := [line for line in changed if line.startswith(("objective.", "synthesis."))]:
+        raise ResumeError(
+            f"{checkpoint} was trained with another objective (its value → yours):\n  "
+            + "\n  ".join(lines)
+            + "\nGive the same settings to go on with it, or another --run.dir to start anew."
+        )
+
+
 def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = lambda event, **values: None) -> bool:
     """Restores the newest good checkpoint in ``folder`` into ``trainer``; False when there never was one. Collective.
 
@@ -283,7 +299,8 @@ def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = 
     before it is taken. The number of ranks may be another than at the save.
 
     Raises:
-        ResumeError: there were checkpoints but none is good, or the newest good one was trained on other data.
+        ResumeError: there were checkpoints but none is good, or the newest good one was trained on other data or for another
+            objective.
     """
     checkpoint = choose(trainer.ranks, folder, report)
     if checkpoint is None:
@@ -296,6 +313,7 @@ def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = 
             + "\n  ".join(before.difference(data))
             + "\nGive the same shards, or another --run.dir to start anew."
         )
+    check_objective(saved["config"], trainer.config, checkpoint)
     if saved["world_size"] == trainer.ranks.world_size:
         load_engines(trainer, checkpoint)
         state = load_rank(checkpoint, trainer.ranks.rank)

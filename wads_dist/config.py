@@ -199,9 +199,10 @@ class AdversarialConfig(_Section):
     """Generator's adversarial loss, L_adv."""
 
     weight: float = Field(1.0, ge=0, description="weight of L_adv")
-    form: Literal["bce_feature", "non_saturating", "feature_l2"] = Field(
+    form: Literal["bce_feature", "bce_output", "non_saturating", "feature_l2"] = Field(
         "bce_feature",
-        description="bce_feature: BCE between the discriminator's last features of reconstruction and image; "
+        description="bce_feature: BCE between the sigmoids of the discriminator's last features of reconstruction and image; "
+        "bce_output: BCE between its outputs, D(reconstruction) and D(image), each a probability; "
         "non_saturating: BCE(D(reconstruction), 1); feature_l2: squared distance of the features",
     )
 
@@ -234,12 +235,17 @@ class FocalConfig(_Section):
 
 
 class KLConfig(_Section):
-    """Sparsity prior on the predicted mask, Eq 3.6."""
+    """Sparsity prior rho on the predicted mask M, Eq 3.6."""
 
     weight: float = Field(0.01, ge=0, description="weight of the sparsity KL (0: the ablation noKL)")
     rho: float = Field(0.1, gt=0, lt=1, description="expected fraction of anomalous pixels")
     form: Literal["area", "pixel"] = Field(
         "area", description="area: KL of the image's mean prediction; pixel: mean KL of every pixel's prediction"
+    )
+    direction: Literal["printed", "reverse"] = Field(
+        "printed",
+        description="printed: KL(M || rho), as Eq 3.6 has it; reverse: KL(rho || M), which models from before this setting "
+        "were trained with",
     )
 
 
@@ -482,6 +488,9 @@ class Config(_Section):
 RESOLVED = "resolved"
 """In a file that ``to_toml`` has written: the preset's values are among the others. A setting that is newer than the file has
 its own default, not what the preset would make of it today."""
+BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse"}
+"""What a file without these settings means that the software itself has written (a run's, a checkpoint's, a model's): it is
+older than they are, and was trained like this. A person's file gets the defaults."""
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
@@ -492,6 +501,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "synthesis.clean_fraction": 0.2,
         "objective.kl.weight": 0.1,
         "objective.kl.rho": 0.03,
+        "objective.kl.direction": "reverse",
     },
     "paper_literal": {
         "objective.focal.gamma": 0.1,
@@ -525,8 +535,11 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     file = command_line.pop("config", None)
     from_file = _read_toml(Path(file)) if file is not None else {}
     resolved = from_file.pop(RESOLVED, False) is True
+    if file is not None and Path(file).name == "config.toml" and Path(file).with_name("code.json").is_file():
+        resolved = True  # a run's record, perhaps of a version that did not say so
     preset = command_line.get("preset", "wads" if resolved else from_file.get("preset", "wads"))
     layers = [
+        ("an earlier version", BEFORE if resolved else {}),
         (f"preset {preset}", PRESETS.get(preset, {}) if isinstance(preset, str) else {}),
         (str(file), from_file),
         ("command line", command_line),
@@ -553,6 +566,17 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def recorded_config(text: str) -> Config:
+    """The configuration that ``Config.to_toml`` has written, in this version of the software or an earlier one.
+
+    Raises:
+        ValueError: the text is not TOML, or has settings that this version does not know.
+    """
+    values = dict(_flatten(tomllib.loads(text), set(_fields())))
+    values.pop(RESOLVED, None)
+    return Config.model_validate(_nest(BEFORE | values))
 
 
 def config_difference(a: Config, b: Config) -> list[str]:

@@ -1,6 +1,5 @@
 """Scores of a trained model on the test split, its threshold, and what says whether the reconstructor works."""
 
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from kernels.objective import ssim
 from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.checkpoint_files import write_text
-from wads_dist.config import RESOLVED, Config, EvaluationConfig
+from wads_dist.config import Config, EvaluationConfig, recorded_config
 from wads_dist.data import TestImages, evenly, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError
@@ -86,9 +85,7 @@ def trained_config(folder: Path) -> Config:
     path = _weights(folder)
     try:
         with safe_open(path, "pt") as weights:
-            settings = tomllib.loads(weights.metadata()["config"])
-        settings.pop(RESOLVED, None)
-        return Config.model_validate(settings)
+            return recorded_config(weights.metadata()["config"])
     except Exception as error:
         raise ModelFileError(
             f"{path}: its header has no settings that this version of WADS-dist reads ({error}); score it with the version "

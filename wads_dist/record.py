@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wads_dist.checkpoint import write_text
-from wads_dist.config import Config, config_difference, load_config
+from wads_dist.config import Config, config_difference, recorded_config
 from wads_dist.deepspeed_config import read_settings
 from wads_dist.errors import ExitCode, ResumeError
 from wads_dist.leases import METRICS, QUEUE, attempts_of
@@ -84,11 +84,7 @@ def check_run(config: Config, fingerprints: dict[str, str]) -> str:
             "or give another --run.dir"
         )
     if record.is_file():
-        changed = [
-            line
-            for line in config_difference(load_config(["--config", str(record)]), config)
-            if not line.startswith(FREE_TO_CHANGE)
-        ]
+        changed = [line for line in config_difference(_recorded(record), config) if not line.startswith(FREE_TO_CHANGE)]
         if changed:
             raise ResumeError(
                 f"{folder} holds a run with other settings (its value → yours):\n  "
@@ -96,6 +92,16 @@ def check_run(config: Config, fingerprints: dict[str, str]) -> str:
                 + "\nGive the same settings to go on with it, or another --run.dir to start anew."
             )
     return settings
+
+
+def _recorded(path: Path) -> Config:
+    try:
+        return recorded_config(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            f"{path}: not the settings of a run that this version of WADS-dist can go on with ({error}); restore the file, or "
+            "give another --run.dir"
+        ) from error
 
 
 def check_fingerprint(metrics: Path, fingerprint: str) -> None:

@@ -77,23 +77,30 @@ def objective_weights(config: ObjectiveConfig) -> ObjectiveWeights:
         kl=config.kl.weight,
         rho=config.kl.rho,
         kl_form=config.kl.form,
+        kl_direction=config.kl.direction,
     )
 
 
-def adversarial_loss(form: str, fake: tuple[Tensor, Tensor], real_feature: Tensor | None) -> Tensor:
-    """L_adv (paper Eq 3.3) for ``fake`` = (feature f(X̂), logit D(X̂)); the real feature f(X) carries no gradient."""
-    feature, logit = fake[0].float(), fake[1].float()
+def adversarial_loss(form: str, fake: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor]) -> Tensor:
+    """L_adv (paper, Eq 3.3).
+
+    Args:
+        form: a value of ``objective.adversarial.form``.
+        fake, real: feature f [N, C, 4, 4] and logit D [N] of the reconstruction and of the image, which gets no gradient.
+    """
+    feature, logit = (value.float() for value in fake)
+    real_feature, real_logit = (value.detach().float() for value in real)
     if form == "non_saturating":
         return F.binary_cross_entropy_with_logits(logit, torch.ones_like(logit))
-    assert real_feature is not None
-    real = real_feature.detach().float()
+    if form == "bce_output":
+        return F.binary_cross_entropy_with_logits(logit, torch.sigmoid(real_logit))
     if form == "feature_l2":
-        return F.mse_loss(feature, real)
-    return F.binary_cross_entropy_with_logits(feature, torch.sigmoid(real))
+        return F.mse_loss(feature, real_feature)
+    return F.binary_cross_entropy_with_logits(feature, torch.sigmoid(real_feature))
 
 
 def discriminator_loss(real_logit: Tensor, fake_logit: Tensor) -> Tensor:
-    """L_disc: BCE(D(X), 1) + BCE(D(X̂), 0), halved."""
+    """L_disc (paper, Eq 3.5): BCE(D(X), 1) + BCE(D(X̂), 0), halved."""
     real, fake = real_logit.float(), fake_logit.float()
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
@@ -184,7 +191,7 @@ class Trainer:
         seen = x_hat.detach().requires_grad_(weights.adversarial.weight > 0)
         # DeepSpeed must know of a forward pass, but would take a gradient for the outputs it has seen as the step's backward.
         real, fake = self.d(batch.clean), self.d.module(seen)
-        adversarial = adversarial_loss(weights.adversarial.form, fake, real[0])
+        adversarial = adversarial_loss(weights.adversarial.form, fake, real)
         if seen.requires_grad:
             scaled = adversarial * self.loss_scale.scale
             (gradient,) = torch.autograd.grad(scaled, seen, retain_graph=True)

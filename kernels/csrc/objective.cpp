@@ -21,7 +21,7 @@ struct Settings {  // mirrors kernels/native.py; every field has 8 bytes
     // Strides of x, of the reconstruction and of its gradient, in elements; images are dense.
     int64_t x_plane, x_pixel, y_plane, y_pixel;
     double reconstruction, ssim, l2, focal, gamma, kl, rho;
-    int64_t pixel_kl;
+    int64_t pixel_kl, reverse_kl;
 };
 
 // e^(−k²/2σ²), σ = 1.5, normalised. Compile-time constants: loads of a table would have to be repeated after every store.
@@ -243,11 +243,21 @@ inline float sigmoid(float z) {
     return z < 0 ? e * r : r;
 }
 
+// σ(z) σ(−z), the derivative of σ.
+inline float sigmoid_slope(float z) {
+    const float e = exp_minus(std::fabs(z)), r = 1 / (1 + e);
+    return e * r * r;
+}
+
 // Chunks of one image's pixels: sums within a chunk are vectorised in fp32, chunks are added in fp64.
 constexpr int64_t CHUNK = 1024;
 
+// What Eq 3.6 is made of, by its reading. area: Σ σ(z) and Σ σ(−z), see Area; pixel, reverse: Σ log σ(z) and Σ log σ(−z);
+// pixel, as printed: −Σ H(σ(z)), H the entropy, and Σ σ(z).
+enum class Kl { area, pixel, reverse_pixel };
+
 struct ImageSums {
-    double focal = 0, log_p = 0, log_q = 0, p = 0, q = 0;  // log_p = Σ log σ(z), log_q = Σ log σ(−z); p, q: see Area
+    double focal = 0, p = 0, q = 0;  // p, q: the two sums of the reading
 };
 
 // The mean of σ(z), and of σ(−z), over an image. Where even the largest logit is below −60, σ(z) = e^a σ(z − a) to fp32's
@@ -265,15 +275,15 @@ struct Area {
 };
 
 // Sums over one image, and w_focal times the gradient of the focal sum into ``dz`` unless it is null.
-template <bool squared>
+template <bool squared, Kl kl>
 ImageSums segmentation(const float* z, const float* mask, int64_t pixels, float gamma, const Area& area, float w_focal,
                        float* dz) {
     ImageSums sums;
     float d_focal[CHUNK];
     for (int64_t start = 0; start < pixels; start += CHUNK) {
         const int64_t length = std::min(CHUNK, pixels - start);
-        float focal = 0, log_p = 0, log_q = 0, p = 0, q = 0;
-#pragma omp simd reduction(+ : focal, log_p, log_q, p, q)
+        float focal = 0, p = 0, q = 0;
+#pragma omp simd reduction(+ : focal, p, q)
         for (int64_t i = 0; i < length; ++i) {
             const float logit = z[start + i], m = mask[start + i];
             const float tail = log1p_unit(exp_minus(std::fabs(logit)));
@@ -288,31 +298,65 @@ ImageSums segmentation(const float* z, const float* mask, int64_t pixels, float 
             const float slope = miss < 1e-12f ? 0 : gamma * (1 - 2 * m) * (1 - miss);
             d_focal[i] = w_focal * power * (slope * cross_entropy + sigmoid(logit) - m);
             focal += power * cross_entropy;
-            log_p += std::min(logit, 0.0f) - tail, log_q -= std::max(logit, 0.0f) + tail;
-            p += area.p(logit), q += area.q(logit);
+            if constexpr (kl == Kl::area) p += area.p(logit), q += area.q(logit);
+            if constexpr (kl == Kl::reverse_pixel) p += std::min(logit, 0.0f) - tail, q -= std::max(logit, 0.0f) + tail;
+            // H(σ(z)) = |z| σ(−|z|) + log(1 + e^−|z|): nothing cancels. Beyond 87, where σ(−|z|) stays, so does |z|.
+            if constexpr (kl == Kl::pixel) {
+                const float size = std::min(std::fabs(logit), 87.0f);
+                p -= size * sigmoid(-size) + tail, q += sigmoid(logit);
+            }
         }
         if (dz) std::memcpy(dz + start, d_focal, length * sizeof(float));
-        sums.focal += focal, sums.log_p += log_p, sums.log_q += log_q, sums.p += p, sums.q += q;
+        sums.focal += focal, sums.p += p, sums.q += q;
     }
     return sums;
 }
 
-// dz += w_kl · ∂KL/∂z
-void add_kl_gradient(const float* z, int64_t pixels, const Settings& s, const Area& area, const ImageSums& sums, float w_kl,
-                     float* dz) {
-    const float rho = float(s.rho);
-    if (s.pixel_kl) {
-        const float scale = w_kl / float(pixels);  // −ρ σ(−z) + (1 − ρ) σ(z) = σ(z) − ρ
+template <bool squared>
+ImageSums segment(const float* z, const float* mask, int64_t pixels, const Settings& s, const Area& area, float w_focal,
+                       float* dz) {
+    const auto pass = !s.pixel_kl  ? segmentation<squared, Kl::area>
+                    : s.reverse_kl ? segmentation<squared, Kl::reverse_pixel>
+                                   : segmentation<squared, Kl::pixel>;
+    return pass(z, mask, pixels, float(s.gamma), area, w_focal, dz);
+}
+
+// Eq 3.6 of one image: M·log(M/ρ) + (1 − M)·log((1 − M)/(1 − ρ)), or its reverse, ρ·log(ρ/M) + (1 − ρ)·log((1 − ρ)/(1 − M));
+// and w_kl · ∂KL/∂z added to ``dz`` unless it is null.
+double sparsity_kl(const float* z, int64_t pixels, const Settings& s, const Area& area, const ImageSums& sums, float w_kl,
+                   float* dz) {
+    const double p = sums.p / pixels, q = sums.q / pixels, log_rho = std::log(s.rho), log_rest = std::log(1 - s.rho);
+    const float rho = float(s.rho), logit_rho = float(log_rho - log_rest), scale = w_kl / float(pixels);
+    const double log_p = s.pixel_kl ? p : area.a_p + std::log(p), log_q = s.pixel_kl ? q : -area.a_q + std::log(q);
+    if (s.reverse_kl) {
+        if (dz && s.pixel_kl) {
 #pragma omp simd
-        for (int64_t i = 0; i < pixels; ++i) dz[i] += scale * (sigmoid(z[i]) - rho);
-    } else {
-        const float by_p = w_kl * rho / float(sums.p), by_q = w_kl * (1 - rho) / float(sums.q);
+            for (int64_t i = 0; i < pixels; ++i) dz[i] += scale * (sigmoid(z[i]) - rho);  // −ρ σ(−z) + (1 − ρ) σ(z)
+        } else if (dz) {
+            const float by_p = scale * rho / float(p), by_q = scale * (1 - rho) / float(q);
 #pragma omp simd
-        for (int64_t i = 0; i < pixels; ++i) {
-            const float p = area.p(z[i]), q = area.q(z[i]);
-            dz[i] += by_q * q * (1 - q) - by_p * p * (1 - p);
+            for (int64_t i = 0; i < pixels; ++i) {
+                const float here = area.p(z[i]), rest = area.q(z[i]);
+                dz[i] += by_q * rest * (1 - rest) - by_p * here * (1 - here);
+            }
         }
+        return s.rho * (log_rho - log_p) + (1 - s.rho) * (log_rest - log_q);
     }
+    if (s.pixel_kl) {
+        if (dz) {
+#pragma omp simd
+            for (int64_t i = 0; i < pixels; ++i)
+                dz[i] += scale * sigmoid_slope(z[i]) * (std::max(std::min(z[i], 87.0f), -87.0f) - logit_rho);
+        }
+        const double minus_entropy = p, mean = q;
+        return minus_entropy - mean * log_rho - (1 - mean) * log_rest;
+    }
+    if (dz) {
+        const float by_mean = scale * (float(log_p - log_q) - logit_rho);
+#pragma omp simd
+        for (int64_t i = 0; i < pixels; ++i) dz[i] += by_mean * sigmoid_slope(z[i]);
+    }
+    return std::exp(log_p) * (log_p - log_rho) + std::exp(log_q) * (log_q - log_rest);
 }
 
 }  // namespace
@@ -350,13 +394,10 @@ extern "C" void wads_objective(const float* x, const float* y, const float* logi
             const float* z = logits + n * pixels;
             float* out = dz ? dz + n * pixels : nullptr;
             const Area area(z, pixels);
-            const auto pass = s.gamma == 2 ? segmentation<true> : segmentation<false>;
-            const ImageSums sums = pass(z, mask + n * pixels, pixels, float(s.gamma), area, w_focal, out);
-            const double log_p = s.pixel_kl ? sums.log_p / pixels : area.a_p + std::log(sums.p / pixels);
-            const double log_q = s.pixel_kl ? sums.log_q / pixels : -area.a_q + std::log(sums.q / pixels);
+            const auto pass = s.gamma == 2 ? segment<true> : segment<false>;
+            const ImageSums sums = pass(z, mask + n * pixels, pixels, s, area, w_focal, out);
             focal[n] = float(sums.focal / pixels);
-            kl[n] = float(s.rho * (std::log(s.rho) - log_p) + (1 - s.rho) * (std::log(1 - s.rho) - log_q));
-            if (out) add_kl_gradient(z, pixels, s, area, sums, w_kl, out);
+            kl[n] = float(sparsity_kl(z, pixels, s, area, sums, w_kl, out));
         }
     }
     for (int64_t n = 0; n < s.images; ++n) {

@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.objective import ObjectiveTerms, ObjectiveWeights, objective
+from kernels.objective import KLDirection, KLForm, ObjectiveTerms, ObjectiveWeights, objective
 from kernels.synthesis import Batch, SynthesisSettings, draw, synthesise
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -164,10 +164,11 @@ def test_objective_is_the_references(shape: tuple[int, ...], channels_last: bool
     assert dy is not None and dy.is_contiguous(memory_format=layout)
 
 
+@pytest.mark.parametrize("direction", ["printed", "reverse"])
 @pytest.mark.parametrize("form", ["area", "pixel"])
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 1.0, 2.0])
-def test_every_reading_of_focal_and_kl(gamma: float, form: Literal["area", "pixel"]) -> None:
-    weights = ObjectiveWeights(3.0, 0.5, 2.0, 4.0, gamma, 0.7, 0.2, form)
+def test_every_reading_of_focal_and_kl(gamma: float, form: KLForm, direction: KLDirection) -> None:
+    weights = ObjectiveWeights(3.0, 0.5, 2.0, 4.0, gamma, 0.7, 0.2, form, direction)
     x, y, z, mask = inputs((2, 3, 40, 33))
     check(x, y, z, mask, weights)
     for truth in (0, 1):
@@ -212,15 +213,16 @@ def test_half_precision_storage_is_widened(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 2.0])
+@pytest.mark.parametrize("direction", ["printed", "reverse"])
 @pytest.mark.parametrize("form", ["area", "pixel"])
 @pytest.mark.parametrize("truth", [0, 1])
 @pytest.mark.parametrize("extremes", [(-60.0, 60.0), (-60.0, -60.0), (60.0, 60.0), (-1e4, -9e3), (9e3, 1e4)])
 def test_extreme_logits_are_the_references(
-    gamma: float, form: Literal["area", "pixel"], truth: int, extremes: tuple[float, float]
+    gamma: float, form: KLForm, direction: KLDirection, truth: int, extremes: tuple[float, float]
 ) -> None:
     x, y, _, mask = inputs((1, 3, 16, 16))
     z = torch.linspace(*extremes, 256).view(1, 1, 16, 16)
-    mask, weights = torch.full_like(mask, truth), ObjectiveWeights(gamma=gamma, kl_form=form)
+    mask, weights = torch.full_like(mask, truth), ObjectiveWeights(gamma=gamma, kl_form=form, kl_direction=direction)
     terms, dy, dz = native.objective(x, y, z, mask, weights, True)
     assert dy is not None and dz is not None
     assert torch.isfinite(terms).all() and torch.isfinite(dy).all() and torch.isfinite(dz).all()

@@ -1,13 +1,19 @@
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import rel_entr
 from torchvision.ops import sigmoid_focal_loss
 
 from kernels.backend import Backend
-from kernels.objective import ObjectiveWeights, focal_loss, objective, sparsity_kl, ssim
+from kernels.objective import KLDirection, KLForm, ObjectiveWeights, focal_loss, objective, sparsity_kl, ssim
+
+FORMS: tuple[KLForm, ...] = ("area", "pixel")
+DIRECTIONS: tuple[KLDirection, ...] = ("printed", "reverse")
 
 
 def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,37 +71,60 @@ def test_focal_is_torchvisions(gamma: float) -> None:
     assert torch.allclose(focal_loss(logits, mask, gamma), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 2.0])
-@pytest.mark.parametrize("form", ["area", "pixel"])
-@pytest.mark.parametrize("truth", [0.0, 1.0])
-def test_extreme_logits_stay_finite(gamma: float, form: str, truth: float) -> None:
-    logits = torch.tensor([-60.0, 60.0]).repeat_interleave(128).view(1, 1, 16, 16).requires_grad_()
-    loss = focal_loss(logits, torch.full_like(logits, truth), gamma) + sparsity_kl(logits, 0.1, form)  # type: ignore[arg-type]
-    loss.sum().backward()
-    assert logits.grad is not None
-    assert torch.isfinite(loss).all() and torch.isfinite(logits.grad).all()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_extreme_logits_stay_finite(form: KLForm, direction: KLDirection, backend: Backend, dtype: torch.dtype) -> None:
+    x, y = pair((1, 1, 16, 16), torch.float64 if dtype == torch.float64 else torch.float32)
+    for values in ((-60.0, 60.0), (-60.0, -60.0), (60.0, 60.0)):
+        for truth, gamma in itertools.product((0.0, 1.0), (0.0, 0.1, 2.0)):
+            logits = torch.tensor(values, dtype=dtype).repeat_interleave(128).view(1, 1, 16, 16).requires_grad_()
+            weights = ObjectiveWeights(gamma=gamma, kl=1.0, kl_form=form, kl_direction=direction)
+            terms = objective(x, y, logits, torch.full_like(logits, truth), weights, backend)
+            terms.total.backward()
+            assert (
+                logits.grad is not None and torch.isfinite(terms.per_image).all() and torch.isfinite(logits.grad).all()
+            )
 
 
-@pytest.mark.parametrize("value", [-60.0, 60.0])
-def test_area_kl_is_finite_where_everything_is_predicted_alike(value: float) -> None:
-    logits = torch.full((2, 1, 16, 16), value, requires_grad=True)
-    sparsity_kl(logits, 0.1, "area").sum().backward()
-    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+def test_kl_is_eq_3_6_as_printed() -> None:
+    """M·log(M/ρ) + (1 − M)·log((1 − M)/(1 − ρ)), spelt out with scipy: rel_entr(a, b) = a·log(a/b)."""
+    logits = 4 * torch.randn(3, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    of_pixels = torch.sigmoid(logits).numpy()
+    for rho in (0.03, 0.1, 0.6):
+        for form, m in (("area", of_pixels.mean((1, 2, 3), keepdims=True)), ("pixel", of_pixels)):
+            expected = (rel_entr(m, rho) + rel_entr(1 - m, 1 - rho)).mean((1, 2, 3))
+            assert np.allclose(sparsity_kl(logits, rho, form), expected, rtol=1e-12)  # type: ignore[arg-type]
+            other_way = (rel_entr(rho, m) + rel_entr(1 - rho, 1 - m)).mean((1, 2, 3))
+            assert np.allclose(sparsity_kl(logits, rho, form, "reverse"), other_way, rtol=1e-12)  # type: ignore[arg-type]
 
 
-def test_kl_is_the_divergence_of_two_coins() -> None:
-    rho, p = 0.1, torch.tensor([0.02, 0.1, 0.7], dtype=torch.float64)
-    logits = torch.logit(p).view(3, 1, 1, 1).expand(3, 1, 4, 4)
-    expected = rho * (rho / p).log() + (1 - rho) * ((1 - rho) / (1 - p)).log()
-    for form in ("area", "pixel"):
-        assert torch.allclose(sparsity_kl(logits, rho, form), expected)  # type: ignore[arg-type]
-    assert sparsity_kl(logits, rho, "area")[1].item() == pytest.approx(0.0, abs=1e-12)
+@pytest.mark.parametrize("rho", [0.03, 0.1, 0.6])
+def test_the_slopes_of_eq_3_6(rho: float) -> None:
+    """By hand. Of a pixel: σ(z)·σ(−z)·(z − logit ρ); of the area, P pixels: σ'(z)/P · (logit p̄ − logit ρ)."""
+    z = torch.linspace(-30, 30, 64, dtype=torch.float64).view(1, -1).requires_grad_()
+    slope, prior = torch.sigmoid(z) * torch.sigmoid(-z), math.log(rho / (1 - rho))
+    (pixel,) = torch.autograd.grad(sparsity_kl(z, rho, "pixel").sum() * 64, z)
+    assert torch.allclose(pixel, slope * (z - prior), rtol=1e-9)
+    (area,) = torch.autograd.grad(sparsity_kl(z, rho, "area").sum() * 64, z)
+    assert torch.allclose(area, slope * (torch.logit(torch.sigmoid(z).mean()) - prior), rtol=1e-9)
 
 
-def test_area_kl_looks_at_the_mean_and_pixel_kl_at_every_pixel() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_kl_as_printed_is_bounded_and_zero_at_the_prior(form: KLForm) -> None:
+    rho = 0.1
+    values = torch.tensor([-1e4, math.log(rho / (1 - rho)), 1e4], dtype=torch.float64)
+    none, prior, everything = sparsity_kl(values.view(3, 1).expand(3, 16), rho, form).tolist()
+    assert none == pytest.approx(-math.log(1 - rho)) and everything == pytest.approx(-math.log(rho))
+    assert prior == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_area_kl_looks_at_the_mean_and_pixel_kl_at_every_pixel(direction: KLDirection) -> None:
     half = torch.tensor([-20.0, math.log(0.2 / 0.8)], dtype=torch.float64).repeat(8).view(1, 1, 4, 4)  # mean p = 0.1
-    assert sparsity_kl(half, 0.1, "area").item() == pytest.approx(0.0, abs=1e-6)
-    assert sparsity_kl(half, 0.1, "pixel").item() > 0.5
+    assert sparsity_kl(half, 0.1, "area", direction).item() == pytest.approx(0.0, abs=1e-6)
+    assert sparsity_kl(half, 0.1, "pixel", direction).item() > 0.05
 
 
 def test_total_is_the_weighted_sum_and_differentiable() -> None:
@@ -110,11 +139,13 @@ def test_total_is_the_weighted_sum_and_differentiable() -> None:
     expected = 3 * (0.5 * terms.dissimilarity + 2 * terms.mse) + 4 * terms.focal + 0.7 * terms.kl
     assert terms.total.item() == pytest.approx(expected.item(), rel=1e-12)
     assert terms.mse.item() == pytest.approx(F.mse_loss(x, y).item()) and not terms.mse.requires_grad
-    assert torch.autograd.gradcheck(
-        lambda y, z: objective(x[:1, :, :12, :12], y, z, mask[:1, :, :12, :12], weights).total,
-        (y[:1, :, :12, :12].detach().requires_grad_(), logits[:1, :, :12, :12].detach().requires_grad_()),
-        fast_mode=True,
-    )
+    for form, direction in itertools.product(FORMS, DIRECTIONS):
+        reading = replace(weights, kl_form=form, kl_direction=direction)
+        assert torch.autograd.gradcheck(
+            lambda y, z, reading=reading: objective(x[:1, :, :12, :12], y, z, mask[:1, :, :12, :12], reading).total,
+            (y[:1, :, :12, :12].detach().requires_grad_(), logits[:1, :, :12, :12].detach().requires_grad_()),
+            fast_mode=True,
+        )
 
 
 def test_nan_in_nan_out() -> None:
@@ -235,7 +266,7 @@ def test_the_native_operator_keeps_pytorchs_rules(layout: str, dtype: torch.dtyp
         y = torch.cat([y, y], 1).to(memory_format=torch.channels_last)[:, :3]
     y.requires_grad_()
     numbers = [20.0, 1.0, 1.0, 1.0, 2.0, 0.01, 0.1]
-    torch.library.opcheck(torch.ops.wads.objective.default, (x, y, logits, mask, numbers, False, "native", True))
+    torch.library.opcheck(torch.ops.wads.objective.default, (x, y, logits, mask, numbers, False, False, "native", True))
 
 
 def test_it_compiles_into_one_graph() -> None:

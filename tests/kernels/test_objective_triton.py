@@ -8,6 +8,7 @@ in it where X̂ is close to x.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from kernels.objective import ObjectiveTerms, ObjectiveWeights, objective
 
 # All exact in float32, as a launch takes them.
 WEIGHTS = ObjectiveWeights(reconstruction=2.0, ssim=1.5, l2=0.5, focal=1.0, gamma=2.0, kl=0.25, rho=0.125)
+AREA = {"kl_form": "area", "kl_direction": "printed"}
+PIXEL = {"kl_form": "pixel", "kl_direction": "printed"}
+REVERSE_AREA, REVERSE_PIXEL = ({**reading, "kl_direction": "reverse"} for reading in (AREA, PIXEL))
+READINGS = (AREA, PIXEL, REVERSE_AREA, REVERSE_PIXEL)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -67,17 +72,18 @@ def check(batch: Inputs, weights: ObjectiveWeights, value: float, gradient: floa
 @pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("shape", "form", "gamma"),
+    ("shape", "reading", "gamma"),
     [
-        ((3, 1, 11, 11), "area", 2.0),  # one window; masks mixed, all zeros and all ones
-        ((1, 3, 11, 13), "pixel", 0.1),  # channels
-        ((1, 1, 34, 12), "area", 0.0),  # two bands
-        pytest.param((1, 1, 17, 131), "area", 1.0, marks=pytest.mark.slow),  # three strips
+        ((3, 1, 11, 11), AREA, 2.0),  # one window; masks mixed, all zeros and all ones
+        ((3, 1, 11, 11), PIXEL, 2.0),
+        ((1, 3, 11, 13), REVERSE_PIXEL, 0.1),  # channels
+        ((1, 1, 34, 12), REVERSE_AREA, 0.0),  # two bands
+        pytest.param((1, 1, 17, 131), AREA, 1.0, marks=pytest.mark.slow),  # three strips
     ],
 )
-def test_in_fp64_it_is_the_reference(shape: tuple[int, int, int, int], form: str, gamma: float) -> None:
+def test_in_fp64_it_is_the_reference(shape: tuple[int, int, int, int], reading: dict[str, Any], gamma: float) -> None:
     # Taps, exponentials and sums are all in double: nothing but their rounding may differ.
-    weights = replace(WEIGHTS, gamma=gamma, kl_form=form)  # type: ignore[arg-type]
+    weights = replace(WEIGHTS, gamma=gamma, **reading)
     if gamma == 0.1:
         weights = replace(weights, gamma=float(torch.tensor(gamma)))  # a launch takes float32
     check(inputs(shape, torch.float64), weights, 1e-13, 1e-12)
@@ -85,10 +91,10 @@ def test_in_fp64_it_is_the_reference(shape: tuple[int, int, int, int], form: str
 
 @pytest.mark.interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["area", "pixel"])
-def test_gradcheck(form: str) -> None:
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+def test_gradcheck(reading: dict[str, Any]) -> None:
     x, reconstruction, logits, mask = inputs((1, 1, 11, 12), torch.float64)
-    weights = replace(WEIGHTS, kl_form=form)  # type: ignore[arg-type]
+    weights = replace(WEIGHTS, **reading)
     assert torch.autograd.gradcheck(
         lambda y, z: objective(x, y, z, mask, weights, "triton").total,
         (reconstruction.requires_grad_(), logits.requires_grad_()),
@@ -136,13 +142,23 @@ def test_half_precision_is_storage_alone(dtype: torch.dtype, rounding: float) ->
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("form", ["area", "pixel"])
+@pytest.mark.parametrize("reading", READINGS, ids=str)
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
-def test_extreme_logits_are_finite_and_right(form: str, gamma: float) -> None:
+def test_extreme_logits_are_finite_and_right(reading: dict[str, Any], gamma: float) -> None:
     x, reconstruction, logits, mask = inputs((1, 1, 11, 11))
     logits = 60.0 * logits.sign()
     assert len({(z, m) for z, m in zip(logits.flatten().tolist(), mask.flatten().tolist(), strict=True)}) == 4
-    check((x, reconstruction, logits, mask), replace(WEIGHTS, gamma=gamma, kl_form=form), 2e-6, 1e-5)  # type: ignore[arg-type]
+    check((x, reconstruction, logits, mask), replace(WEIGHTS, gamma=gamma, **reading), 2e-6, 1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_extreme_logits_of_other_types_are_finite(dtype: torch.dtype, reading: dict[str, Any]) -> None:
+    x, reconstruction, logits, mask = inputs((1, 1, 11, 11), dtype)
+    for sign in (logits.sign(), torch.ones_like(logits), -torch.ones_like(logits)):
+        terms, *gradients = run((x, reconstruction, 60.0 * sign, mask), replace(WEIGHTS, **reading))
+        assert all(torch.isfinite(values).all() for values in (terms.per_image, terms.total, *gradients))
 
 
 @pytest.mark.interpreter
@@ -231,7 +247,7 @@ def test_float64_logits_stay_that_beside_a_narrower_reconstruction() -> None:
     torch.testing.assert_close(ours[2], exactly[2], rtol=0, atol=1e-12 * exactly[2].abs().max().item())
     numbers = [2.0, 1.5, 0.5, 1.0, 2.0, 0.25, 0.125]
     torch.library.opcheck(
-        torch.ops.wads.objective.default, (*batch, numbers, False, "triton", True), test_utils="test_faketensor"
+        torch.ops.wads.objective.default, (*batch, numbers, False, False, "triton", True), test_utils="test_faketensor"
     )
 
 
@@ -268,7 +284,7 @@ def test_opcheck_and_a_full_graph() -> None:
     reconstruction.requires_grad_(), logits.requires_grad_()
     numbers = [2.0, 1.5, 0.5, 1.0, 2.0, 0.25, 0.125]
     torch.library.opcheck(
-        torch.ops.wads.objective.default, (x, reconstruction, logits, mask, numbers, False, "triton", True)
+        torch.ops.wads.objective.default, (x, reconstruction, logits, mask, numbers, False, False, "triton", True)
     )
     compiled = torch.compile(lambda *a: objective(*a, WEIGHTS, "triton"), fullgraph=True, backend="aot_eager")
     terms = compiled(x, reconstruction, logits, mask)
@@ -315,8 +331,8 @@ def test_gpu_is_the_reference(
 ) -> None:
     x, reconstruction, logits, mask = inputs(shape, dtype, "cuda")
     batch = (x.to(x_dtype, memory_format=layout), reconstruction.to(memory_format=layout), logits, mask)
-    for form in ("area", "pixel"):
-        weights = replace(WEIGHTS, kl_form=form)  # type: ignore[arg-type]
+    for reading in READINGS:
+        weights = replace(WEIGHTS, **reading)
         ours, exactly = run(batch, weights), exact(batch, weights)
         # exp and log of a GPU are right to about 2⁻²², in float32 sums of 16,384 of them.
         torch.testing.assert_close(ours[0].per_image.double(), exactly[0].per_image, rtol=2e-5, atol=2e-5)

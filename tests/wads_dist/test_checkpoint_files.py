@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from wads_dist import checkpoint_files as files
-from wads_dist.checkpoint import DataHashes
+from wads_dist.checkpoint import DataHashes, check_objective
 from wads_dist.checkpoint import files as used_by_checkpoint
 from wads_dist.checkpoint_files import hashed_file, main, name_of
+from wads_dist.config import RunConfig, load_config
+from wads_dist.errors import ResumeError
 
 
 def publish(folder: Path, step: int, loss: float | None = None) -> Path:
@@ -182,3 +184,15 @@ def test_a_difference_of_the_data_names_the_shards() -> None:
     after = DataHashes("b", {"1.tar": "y", "2.tar": "other", "3.tar": "new"})
     assert before.difference(after) == ["0.tar: no longer there", "2.tar: other content", "3.tar: new"]
     assert before.difference(DataHashes("c", before.shards)) == ["labels or offsets of the samples"]
+
+
+def test_a_checkpoint_for_another_objective_is_refused() -> None:
+    config = load_config(["--data.shards", "x"])
+    older = "".join(line for line in config.to_toml().splitlines(True) if not line.startswith("direction"))
+    with pytest.raises(ResumeError, match=r"step-1 was trained with another objective[\s\S]*reverse → printed"):
+        check_objective(older, config, Path("step-1"))
+    check_objective(
+        config.to_toml(), config.model_copy(update={"run": RunConfig(dir=Path("elsewhere"))}), Path("step-1")
+    )
+    with pytest.raises(ResumeError, match="step-1: its settings"):
+        check_objective("[[", config, Path("step-1"))

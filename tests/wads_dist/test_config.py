@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from wads_dist.config import PRESETS, Config, ConfigError, _fields, config_difference, load_config, resolve_batches
+from wads_dist.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    _fields,
+    config_difference,
+    load_config,
+    recorded_config,
+    resolve_batches,
+)
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision, with_monitors, without_monitors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,6 +98,27 @@ def test_a_data_source_on_the_command_line_replaces_the_files(
     config = load_config(["--config", file, f"--{given}", "y"])
     assert getattr(config.data, cleared) is None
     config.require_data()
+
+
+@pytest.mark.parametrize("named", ["resolved", "of a run"])
+def test_what_was_written_before_a_setting_existed_means_what_was_trained(tmp_path: Path, named: str) -> None:
+    """Eq 3.6 was the reverse of what is printed; a person's file that leaves it out gets today's default."""
+    text = "".join(line for line in Config().to_toml().splitlines(True) if not line.startswith("direction"))
+    assert recorded_config(text).objective.kl.direction == "reverse"
+    if named == "of a run":  # of a version that did not yet write ``resolved``
+        text = text.replace("resolved = true\n", "")
+        write(tmp_path / "code.json", "{}")
+    file = write(tmp_path / "config.toml", text)
+    assert load_config(["--config", file]).objective.kl.direction == "reverse"
+    assert load_config(["--config", file, "--objective.kl.direction", "printed"]).objective.kl.direction == "printed"
+    own = write(tmp_path / "own.toml", "[objective.kl]\nrho = 0.1\n")
+    assert load_config(["--config", own]).objective.kl.direction == "printed"
+
+
+def test_presets_and_eq_3_6() -> None:
+    directions = {preset: load_config(["--preset", preset]).objective.kl.direction for preset in PRESETS}
+    assert directions == {"wads": "printed", "paper_literal": "printed", "wads_plus": "reverse"}
+    assert "objective.kl.direction" in PRESETS["wads_plus"]
 
 
 # --- refusals ---

@@ -87,3 +87,10 @@ def test_a_model_from_before_images_were_held_out_has_none(demo_shards: Path, tm
     assert scored.evaluation.holdout == 0
     save_threshold(tmp_path, None, scored.evaluation)  # the header says 0 from now on
     assert scoring_settings(tmp_path, config).evaluation.holdout == 0
+
+
+def test_a_model_from_before_eq_3_6_had_a_direction_is_scored_as_it_was(demo_shards: Path, tmp_path: Path) -> None:
+    before = load_config(command(demo_shards, tmp_path, "--objective.kl.direction", "reverse"))
+    header = "".join(line for line in before.to_toml().splitlines(True) if not line.startswith("direction"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors", {"config": header})
+    assert scoring_settings(tmp_path, before) == before and trained_config(tmp_path) == before

@@ -183,6 +183,25 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
     assert "trainer.seed: 0 → 1" in capsys.readouterr().err
 
 
+def test_a_run_from_before_eq_3_6_had_a_direction_goes_on_as_it_was_or_not_at_all(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run(load_config(command(demo_shards, tmp_path)), {})
+    record = tmp_path / "config.toml"
+    record.write_text("".join(line for line in record.read_text().splitlines(True) if not line.startswith("direction")))
+    assert main(train_run, command(demo_shards, tmp_path)) == ExitCode.REFUSED_RESUME
+    assert "objective.kl.direction: reverse → printed" in capsys.readouterr().err
+    open_run(load_config(command(demo_shards, tmp_path, "--objective.kl.direction", "reverse")), {})
+
+
+def test_a_damaged_record_is_named(demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_run(load_config(command(demo_shards, tmp_path)), {})
+    for damage in (b"\xff", b"[[", b"[trainer]\nbatch = 1\n"):
+        (tmp_path / "config.toml").write_bytes(damage)
+        assert main(train_run, command(demo_shards, tmp_path)) == ExitCode.REFUSED_RESUME
+        assert "config.toml" in (text := capsys.readouterr().err) and "--run.dir" in text
+
+
 def test_another_deepspeed_file_or_other_data_is_refused(demo_shards: Path, tmp_path: Path) -> None:
     settings = tmp_path / "ds.json"
     settings.write_text('{"zero_optimization": {"stage": 1}}')

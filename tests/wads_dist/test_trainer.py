@@ -28,21 +28,22 @@ from wads_dist.trainer import (
 from wads_dist.trainer import learning_rate as rate
 
 
-@pytest.mark.parametrize("form", ["bce_feature", "non_saturating", "feature_l2"])
+@pytest.mark.parametrize("form", ["bce_feature", "bce_output", "non_saturating", "feature_l2"])
 def test_adversarial_forms(form: str) -> None:
-    feature, real, logit = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2)
-    feature.requires_grad_()
-    logit.requires_grad_()
-    loss = adversarial_loss(form, (feature, logit), real)
+    fake = torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2, requires_grad=True)
+    real = torch.randn(2, 4, 4, 4, requires_grad=True), torch.randn(2, requires_grad=True)
+    (feature, logit), (real_feature, real_logit) = fake, real
+    loss = adversarial_loss(form, fake, real)
     expected = {
-        "bce_feature": F.binary_cross_entropy(torch.sigmoid(feature), torch.sigmoid(real)),
+        "bce_feature": F.binary_cross_entropy(torch.sigmoid(feature), torch.sigmoid(real_feature)),
+        "bce_output": F.binary_cross_entropy(torch.sigmoid(logit), torch.sigmoid(real_logit)),
         "non_saturating": -torch.sigmoid(logit).log().mean(),
-        "feature_l2": (feature - real).pow(2).mean(),
+        "feature_l2": (feature - real_feature).pow(2).mean(),
     }[form]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
-    assert real.grad is None  # the real feature is a target
-    assert (logit.grad is not None) == (form == "non_saturating")
+    assert real_feature.grad is None and real_logit.grad is None  # the image's are targets
+    assert (logit.grad is not None) == (form in ("bce_output", "non_saturating"))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
