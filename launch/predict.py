@@ -28,8 +28,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "  NAME.mask.png     anomalous pixels white (if there is a threshold)\n"
         "and for all of them DIR/results.csv and DIR/results.jsonl: path, width, height, score, decision, thresholds\n"
         "and where they came from, anomalous fraction of the area, the box x y width height around it, and the problem\n"
-        "of a file that was skipped. Like training, this looks at the stored pixel grid; an EXIF orientation is handed\n"
-        "on to the pictures.",
+        "of a file that was skipped. An image is turned upright by its EXIF orientation, as for training; results and\n"
+        "pictures are of what viewers show.",
         epilog="Exit code 0: all images are scored; 1: results cannot be written, or the model's numbers are not finite;\n"
         "2: bad arguments, or no usable model; 3: some files were skipped, each named with its problem (the others are\n"
         "scored); 130: interrupted (also by SIGTERM), what was finished is there and listed.",

@@ -3,24 +3,40 @@
 Choices that decide pixels, made once here:
 - Transparent pixels are composited on white, the usual backdrop of cut-out product photographs.
 - 16-bit images are divided by 257 (65535 becomes 255); floating-point images are refused.
-- EXIF orientation is ignored: masks are drawn on the stored pixel grid and carry no EXIF of their own.
+- An image and its mask are turned as the EXIF orientation of each says, as viewers and annotation tools show them; of a
+  broken EXIF block there is none.
 - A mask marks the pixels at or above half of its format's range; where none reaches that (masks of 0 and 1, or of small
   class numbers) it marks all that are not 0. So the noise of JPEG masks and soft edges do not count as defect.
+- A mask is brought to another size by area, and no component of it is lost (`shards/masks.py`).
 """
 
 import io
+import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from shards.errors import DataError
+from shards.masks import MaskRule, ResizedMask, fit_mask
 
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
+_SMALL = "components smaller than a pixel"  # of a stored mask that was made smaller: how many there were
+_TURNED = "EXIF orientation"  # of an image that was turned upright by it
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(data: bytes, too_large: str = "make it smaller") -> Image.Image:
-    """Decode every pixel of an encoded image, in its own mode.
+    """Decode every pixel of an encoded image, in its own mode, and turn it ``upright``.
 
     Args:
         too_large: what to do about an image of more pixels than Pillow decodes (twice ``Image.MAX_IMAGE_PIXELS``).
@@ -40,7 +56,40 @@ def load_image(data: bytes, too_large: str = "make it smaller") -> Image.Image:
         # Pillow names the buffer, by its address, when it does not know the format.
         why = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"is truncated or unreadable ({why or type(error).__name__}); replace the file") from error
-    return image
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image as viewers show it, turned by its EXIF orientation (of a TIFF, Pillow has done it); the tag is gone."""
+    # Not ImageOps.exif_transpose: it writes the rest of the block anew, which fails for some that cameras write.
+    try:
+        tag: Any = image.getexif().get(ExifTags.Base.Orientation)
+        method = _UPRIGHT.get(tag)
+    except Exception:  # Pillow's reader lets many kinds out of a broken block, which is as good as none
+        return image
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    turned.format = image.format
+    for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        turned.info.pop(name, None)
+    turned.info[_TURNED] = int(tag)
+    return turned
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an upright image before it was turned."""
+    return image.size[::-1] if image.info.get(_TURNED, 1) >= 5 else image.size
+
+
+def size_difference(mask: Image.Image, image: Image.Image, name: str) -> str | None:
+    """Why an upright mask does not fit its upright image, which is called so; None if it does."""
+    if mask.size == image.size:
+        return None
+    turned = [f"{what} by {of.info[_TURNED]}" for what, of in (("mask", mask), ("image", image)) if _TURNED in of.info]
+    how = f", turned as their EXIF orientation says ({', '.join(turned)})" if turned else ""
+    do = "draw it on the image as viewers show it, or take the tag out" if turned else "export the mask again"
+    return f"mask is {mask.width}×{mask.height} but its image {name} is {image.width}×{image.height}{how}; {do}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -80,14 +129,25 @@ def mask_pixels(image: Image.Image) -> NDArray[np.bool_]:
 
 def encode_png(pixels: NDArray[np.uint8] | Image.Image) -> bytes:
     """PNG bytes of an image, or of uint8 [height, width] or [height, width, 3]; no metadata: equal for equal pixels."""
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    return _png(pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels))
+
+
+def encode_mask(mask: ResizedMask) -> bytes:
+    """PNG bytes of a mask to be stored, which remember how many of its components were smaller than a pixel."""
+    text = PngImagePlugin.PngInfo()
+    if mask.small:
+        text.add_text(_SMALL, str(mask.small))
+    return _png(Image.fromarray(mask.pixels.astype(np.uint8) * 255), text)
+
+
+def _png(image: Image.Image, text: PngImagePlugin.PngInfo | None = None) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, format="PNG", compress_level=3)
+    image.save(stream, format="PNG", compress_level=3, pnginfo=text)
     return stream.getvalue()
 
 
 def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Decode an image of any mode and shape, whole, to a square.
+    """Decode an image of any mode and shape, whole and upright, to a square.
 
     Args:
         data: the encoded image.
@@ -99,24 +159,32 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     Raises:
         DataError: it is truncated, unreadable, or has floating-point pixels.
     """
-    image = to_rgb(load_image(data))
+    return fitted_image(load_image(data), size)
+
+
+def fitted_image(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """`decode_image` of a decoded one."""
+    image = to_rgb(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def decode_mask(data: bytes, size: int) -> NDArray[np.bool_]:
-    """Decode a mask to bool [size, size], by nearest neighbour, True where defective.
+def decode_mask(data: bytes, size: int, rule: MaskRule = "area") -> NDArray[np.bool_]:
+    """Decode a mask to bool [size, size] by the rule, True where defective.
 
     Raises:
         DataError: it is truncated or unreadable.
     """
-    return resize_mask(mask_pixels(load_image(data)), size)
+    return fitted_mask(load_image(data), size, rule).pixels
 
 
-def resize_mask(mask: NDArray[np.bool_], size: int) -> NDArray[np.bool_]:
-    """Nearest neighbour (the pixel under each target pixel's centre): bool [height, width] to bool [size, size]."""
-    if mask.shape == (size, size):
-        return mask
-    image = Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
-    return np.asarray(image) > 0
+def fitted_mask(image: Image.Image, size: int, rule: MaskRule = "area") -> ResizedMask:
+    """`decode_mask` of a decoded one, with the number of components that are smaller than a pixel.
+
+    Of a mask that was made smaller when it was stored (`shards build --resize`) some were smaller than a pixel then. They
+    have a stored pixel each and may be smaller than a pixel again: the larger of both numbers is given.
+    """
+    mask = fit_mask(mask_pixels(image), size, rule)
+    before = str(image.info.get(_SMALL, ""))
+    return ResizedMask(mask.pixels, max(mask.small, int(before) if re.fullmatch("[0-9]{1,9}", before) else 0))

@@ -8,22 +8,28 @@ from typing import Protocol
 from PIL import Image
 
 from shards.errors import DataError, DataProblems
-from shards.images import encode_png, load_image, mask_pixels, resize_mask, to_rgb
+from shards.images import encode_mask, encode_png, load_image, mask_pixels, size_difference, to_rgb
 from shards.manifest import Split
+from shards.masks import ResizedMask, fit_mask
 
 _KEPT = {"JPEG": "jpg", "PNG": "png"}
 _SIDECAR_BYTES = 256
+USUAL_SIZE = 128  # pixels; the side that images are trained and scored at by default
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """What is written of a sample: the members of the tar, and the size of its image in pixels."""
+    """What is written of a sample: the members of the tar, and the size of its image in pixels, as viewers show it.
+
+    ``small``: how many components of its mask are smaller than a pixel at the size it is stored in with `--resize`, else at
+    the `USUAL_SIZE` to be scored in."""
 
     image: bytes
     extension: str
     width: int
     height: int
     mask: bytes | None
+    small: int = 0
 
 
 class SampleSource(Protocol):
@@ -82,7 +88,8 @@ class FileSample:
         """Read, decode and check image and mask; JPEG and PNG bytes are kept as they are.
 
         Raises:
-            DataProblems: unreadable image or mask, mask of another size than its image, mask without a marked pixel.
+            DataProblems: unreadable image or mask, mask of another size than its image where both are upright, mask without
+                a marked pixel.
         """
         problems: list[str] = []
         data, image = self._load(self.source, problems)
@@ -90,11 +97,8 @@ class FileSample:
             _, mask = self._load(self.mask, problems)
         else:
             mask = None
-        if image is not None and mask is not None and image.size != mask.size:
-            problems.append(
-                f"{self.mask}: mask is {mask.width}×{mask.height} but its image {self.source} is "
-                f"{image.width}×{image.height} as stored (EXIF orientation is ignored); export the mask again"
-            )
+        if image is not None and mask is not None and (differs := size_difference(mask, image, self.source)):
+            problems.append(f"{self.mask}: {differs}")
         marked = mask_pixels(mask) if mask is not None else None
         if marked is not None and not marked.any():
             problems.append(f"{self.mask}: mask is empty; mark the defect, or move {self.source} to test/good")
@@ -109,14 +113,16 @@ class FileSample:
 
         if resize is not None:
             data, extension = encode_png(rgb.resize((resize, resize), Image.Resampling.BILINEAR)), "png"
-            marked = None if marked is None else resize_mask(marked, resize)
         elif image.format in _KEPT:
             extension = _KEPT[image.format]
         else:
             data, extension = encode_png(rgb), "png"
         width, height = (resize, resize) if resize else image.size
-        mask_data = None if marked is None else encode_png(marked.astype("uint8") * 255)
-        return EncodedSample(data, extension, width, height, mask_data)
+        if marked is None:
+            return EncodedSample(data, extension, width, height, None)
+        fitted = fit_mask(marked, resize or USUAL_SIZE)
+        stored = fitted if resize else ResizedMask(marked, 0)
+        return EncodedSample(data, extension, width, height, encode_mask(stored), fitted.small)
 
     def _load(self, name: str, problems: list[str]) -> tuple[bytes, Image.Image | None]:
         try:

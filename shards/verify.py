@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from PIL import Image
+
 from shards.errors import DataError, DataProblems
-from shards.images import load_image, mask_pixels
+from shards.images import load_image, mask_pixels, size_difference, stored_size
 from shards.manifest import CategoryManifest, Member, SampleEntry, ShardEntry
 from shards.source import Dataset
 
@@ -130,6 +132,7 @@ def _verify_sample(path: Path, where: str, sample: SampleEntry, members: dict[st
     if missing:
         return [f"{where}: {sample.key} is incomplete, {name} is missing" for name in missing]
     problems = []
+    decoded: dict[str, Image.Image] = {}
     for member in filter(None, (sample.image, sample.mask)):
         if members[member.name] != member:
             problems.append(f"{where}: {member.name} is not where the manifest says")
@@ -138,15 +141,20 @@ def _verify_sample(path: Path, where: str, sample: SampleEntry, members: dict[st
             stream.seek(member.offset)
             data = stream.read(member.size)
         try:
-            image = load_image(data)
+            image = decoded[member.name] = load_image(data)
         except DataError as error:
             problems.append(f"{where}: {member.name} {error}")
             continue
-        if image.size != (sample.width, sample.height):
+        # Manifests of before the orientation was applied have the sizes before turning.
+        if (sample.width, sample.height) not in (image.size, stored_size(image)):
             problems.append(
                 f"{where}: {member.name} is {image.width}×{image.height}, "
                 f"the manifest says {sample.width}×{sample.height}"
             )
         elif member is sample.mask and not mask_pixels(image).any():
             problems.append(f"{where}: {member.name} is empty")
+    if sample.mask and len(decoded) == 2:
+        differs = size_difference(decoded[sample.mask.name], decoded[sample.image.name], sample.image.name)
+        if differs and not problems:
+            problems.append(f"{where}: {sample.mask.name}: {differs}")
     return problems

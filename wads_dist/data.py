@@ -20,8 +20,9 @@ from torch import Tensor
 from kernels.philox import shuffled
 from kernels.synthesis import Batch, SynthesisSettings, synthesise, whole_images
 from shards.errors import DataError
-from shards.images import decode_image, decode_mask
+from shards.images import decode_image, fitted_image, fitted_mask, load_image, size_difference
 from shards.manifest import SampleEntry, ShardEntry
+from shards.masks import MaskRule, ResizedMask
 from shards.source import Dataset
 from shards.textures import procedural_textures
 from wads_dist.config import Config, DataConfig
@@ -53,6 +54,26 @@ def decode_entries(dataset: Dataset, category: str, entries: Sequence[Entry], si
         for i, image in enumerate(pool.map(lambda entry: decode_entry(dataset, category, entry, size), entries)):
             images[i] = torch.from_numpy(image)
     return images
+
+
+def decode_scored(
+    dataset: Dataset, category: str, entry: Entry, size: int, mask_size: int, rule: MaskRule
+) -> "tuple[np.ndarray, ResizedMask | None]":
+    """One image as uint8 [3, size, size], and its mask, if it has one, at mask_size.
+
+    Raises:
+        DataError: names the shard and the sample.
+    """
+    shard, sample = entry
+    members = [dataset.read(category, shard, member) for member in (sample.image, sample.mask) if member]
+    try:
+        image, *masks = (load_image(data) for data in members)
+        for mask in masks:
+            if differs := size_difference(mask, image, sample.image.name):
+                raise DataError(f"does not fit its mask: {differs}")
+        return fitted_image(image, size), fitted_mask(masks[0], mask_size, rule) if masks else None
+    except DataError as error:
+        raise DataError(f"{category}/{shard.name}: sample {sample.key} {error}") from error
 
 
 def whole_entries(dataset: Dataset, category: str, entries: Sequence[Entry], config: DataConfig) -> Tensor:
@@ -252,8 +273,9 @@ def mean_image(dataset: Dataset, category: str, config: Config, chunk: int = 64)
 class TestImages:
     """Part of a category's test split, in manifest order.
 
-    ``images`` float32 [M, 3, H, H] in [0, 1]; ``masks`` bool [M, H, H], truth by nearest from the full-size mask;
-    ``has_mask`` says which images count for pixel metrics (a defect without a mask does not); ``defects`` per image.
+    ``images`` float32 [M, 3, H, H] in [0, 1]; ``masks`` bool [M, H, H], truth by ``evaluation.mask_rule`` from the stored mask;
+    ``has_mask`` says which images count for pixel metrics (a defect without a mask does not); ``defects`` per image;
+    ``small`` per image: how many components of its mask are smaller than a pixel (by area they are kept, by nearest lost).
     """
 
     __test__ = False  # not a pytest class
@@ -263,22 +285,36 @@ class TestImages:
     has_mask: list[bool]
     keys: list[str]
     defects: list[str]
+    small: list[int]
 
     @classmethod
-    def load(cls, dataset: Dataset, category: str, config: DataConfig, part: slice) -> "TestImages":
-        """Images and masks of ``part`` of the test split."""
-        entries = dataset.manifest(category).samples("test")[part]
-        masks = torch.zeros(len(entries), config.image_size, config.image_size, dtype=torch.bool)
-        for i, (shard, sample) in enumerate(entries):
-            if sample.mask is not None:
-                mask = decode_mask(dataset.read(category, shard, sample.mask), config.image_size)
-                masks[i] = torch.from_numpy(mask)
+    def load(
+        cls, dataset: Dataset, category: str, config: DataConfig, part: slice, rule: MaskRule = "area"
+    ) -> "TestImages":
+        """Images and masks of ``part`` of the test split.
+
+        Raises:
+            DataError: an image or a mask is damaged, or the two differ in size; names it.
+        """
+        entries, size = dataset.manifest(category).samples("test")[part], config.image_size
+        stored = torch.empty(len(entries), 3, config.store_size, config.store_size, dtype=torch.uint8)
+        masks, small = torch.zeros(len(entries), size, size, dtype=torch.bool), [0] * len(entries)
+
+        def decode(entry: Entry) -> "tuple[np.ndarray, ResizedMask | None]":
+            return decode_scored(dataset, category, entry, config.store_size, size, rule)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for i, (image, mask) in enumerate(pool.map(decode, entries)):
+                stored[i] = torch.from_numpy(image)
+                if mask is not None:
+                    masks[i], small[i] = torch.from_numpy(mask.pixels), mask.small
         return cls(
-            images=whole_entries(dataset, category, entries, config),
+            images=whole_images(stored, size) if entries else torch.zeros(0, 3, size, size),
             masks=masks,
             has_mask=[sample.mask is not None or sample.is_normal for _, sample in entries],
             keys=[sample.key for _, sample in entries],
             defects=[sample.defect for _, sample in entries],
+            small=small,
         )
 
     def rows(self, chosen: Sequence[int]) -> "TestImages":
@@ -290,6 +326,7 @@ class TestImages:
             [self.has_mask[i] for i in index],
             [self.keys[i] for i in index],
             [self.defects[i] for i in index],
+            [self.small[i] for i in index],
         )
 
     @classmethod
@@ -301,4 +338,5 @@ class TestImages:
             has_mask=[value for part in parts for value in part.has_mask],
             keys=[value for part in parts for value in part.keys],
             defects=[value for part in parts for value in part.defects],
+            small=[value for part in parts for value in part.small],
         )

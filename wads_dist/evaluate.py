@@ -273,7 +273,7 @@ def _joined(
         size = config.data.image_size
         shapes = ((0, size, size), (0, 3, size, size), (0, config.model.latent))
         maps, images, codes = (torch.zeros(shape) for shape in shapes)
-        return TestImages(images, maps.bool(), [], [], []), Predictions(maps, images, codes)
+        return TestImages(images, maps.bool(), [], [], [], []), Predictions(maps, images, codes)
     parts = [part for of_rank in everywhere for part in of_rank]
     return TestImages.join([test for test, _ in parts]), Predictions.join([predictions for _, predictions in parts])
 

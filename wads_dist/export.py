@@ -90,7 +90,7 @@ def export(
         "weights_sha256": sha256_file(weights),
         **asdict(description),
         "preprocessing": {
-            "colour": "RGB; transparency over white; 16 bits divided by 257; EXIF orientation ignored",
+            "colour": "RGB; transparency over white; 16 bits divided by 257; turned upright by EXIF orientation",
             "resize": f"to {store}x{store}, aspect not kept, Pillow's BILINEAR (antialiased), 8 bits; then to {size}x{size}, "
             "bilinear, half-pixel centres, not antialiased",
             "scale": "divided by 255",

@@ -13,7 +13,6 @@ import json
 import math
 import tomllib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 from safetensors import safe_open
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from kernels.synthesis import whole_images
 from shards.errors import DataError
-from shards.images import load_image, to_rgb
+from shards.images import load_image, to_rgb, upright
 from wads_dist.config import DataConfig, EvaluationConfig, ModelConfig
 from wads_dist.errors import ModelFileError, WadsError, is_out_of_memory
 from wads_dist.metrics import image_score
@@ -217,26 +216,20 @@ class Detector:
 
 
 def read_image(source: str | Path | Image.Image) -> Image.Image:
-    """RGB on the stored pixel grid, as in training; an EXIF orientation stays in ``info["exif"]`` for who shows the image.
+    """RGB, upright as viewers show it, as in training: turned by its EXIF orientation, if it has one.
 
     Raises:
         DataError: no image, or a damaged one; names it.
     """
     try:
-        image = source if isinstance(source, Image.Image) else load_image(_read(Path(source)), TOO_LARGE)
-        rgb = to_rgb(image)
+        if isinstance(source, Image.Image):
+            source.load()
+            return to_rgb(upright(source))
+        return to_rgb(load_image(_read(Path(source)), TOO_LARGE))
     except DataError as error:
         raise DataError(f"{source} {error}") from error
     except Exception as error:  # Pillow's readers let many kinds out of a damaged file
         raise DataError(f"{source} cannot be decoded ({type(error).__name__}: {error}); replace the file") from error
-    rgb.info.pop("exif", None)
-    with suppress(Exception):  # a damaged tag is no reason to refuse intact pixels
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if orientation in range(2, 9):
-            exif = Image.Exif()
-            exif[ExifTags.Base.Orientation] = orientation
-            rgb.info["exif"] = exif.tobytes()
-    return rgb
 
 
 def _read(path: Path) -> bytes:

@@ -269,7 +269,7 @@ def _write(item: Item, out: Path) -> Row:
     try:
         # The longest name first: if it is too long, nothing has been written.
         for kind, picture in sorted(result.pictures().items(), key=lambda pair: -len(pair[0])):
-            save_png(picture, out / f"{item.name}.{kind}.png", result.image.info.get("exif"))
+            save_png(picture, out / f"{item.name}.{kind}.png")
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -289,12 +289,11 @@ def _write(item: Item, out: Path) -> Row:
     }
 
 
-def save_png(picture: Image.Image, path: Path, exif: bytes | None) -> None:
-    """A PNG on the pixel grid of its source, which viewers turn as they turn the source: the EXIF tag goes with it."""
+def save_png(picture: Image.Image, path: Path) -> None:
     temporary = path.with_name(f".{threading.get_ident()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        picture.save(temporary, format="PNG", compress_level=1, exif=exif)
+        picture.save(temporary, format="PNG", compress_level=1)
         temporary.replace(path)
     except OSError:
         with suppress(OSError):

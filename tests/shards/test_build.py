@@ -1,5 +1,6 @@
 """Promises of the builder: equal bytes, original bytes, resuming after a kill, and what WebDataset reads."""
 
+import io
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from shards import DataProblems, Dataset, build, decode_image, decode_mask, verify
-from tests.shards.conftest import make_category, picture, save
+from shards.images import fitted_image, fitted_mask, load_image, mask_pixels
+from shards.masks import resize_mask
+from tests.shards.conftest import make_category, picture, save, square_mask
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -55,6 +58,75 @@ def test_modes_and_formats_survive(tmp_path: Path, mode: str, kind: str) -> None
     assert (sample.width, sample.height) == (33, 17)
     stored = dataset.read("nut", shard, sample.image)
     assert np.array_equal(decode_image(stored, 16), decode_image(source.read_bytes(), 16))
+
+
+def save_tagged(image: Image.Image, path: Path, orientation: int) -> Path:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(path, exif=exif)
+    return path
+
+
+TAGGED = [(orientation, kind) for orientation in range(1, 9) for kind in ("jpg", "png", "tiff")]
+
+
+@pytest.mark.parametrize("resize", [None, 16])
+def test_orientations_are_obeyed(tmp_path: Path, resize: int | None) -> None:
+    """Image, mask and the size in the manifest are those that a viewer shows; every other mask has a tag of its own."""
+    folder, seen = make_category(tmp_path / "nut"), {}
+    for i, (orientation, kind) in enumerate(TAGGED):
+        name = f"z{orientation}{kind}"
+        source = save_tagged(picture(5, (33, 17)), folder / f"test/scratch/{name}.{kind}", orientation)
+        path = folder / f"ground_truth/scratch/{name}_mask.png"
+        with Image.open(source) as opened:
+            shown = ImageOps.exif_transpose(opened).convert("RGB")
+        if i % 2:
+            with Image.open(save_tagged(square_mask((33, 17)), path, orientation)) as opened:
+                mask = ImageOps.exif_transpose(opened)
+        else:
+            save(mask := square_mask(shown.size), path)
+        seen[f"test/scratch/{name}"] = (source, shown, mask)
+    build(folder, tmp_path / "out", resize=resize, workers=1, progress=False)
+    assert verify(tmp_path / "out") == []
+    dataset = Dataset.open(tmp_path / "out")
+    samples = [entry for entry in dataset.manifest("nut").samples("test") if entry[1].key in seen]
+    assert len(samples) == len(TAGGED)
+    for shard, sample in samples:
+        source, shown, mask = seen[sample.key]
+        image, assigned = (dataset.read("nut", shard, member) for member in (sample.image, sample.mask) if member)
+        assert (sample.width, sample.height) == (shown.size if resize is None else (16, 16))
+        assert np.array_equal(decode_image(image, 16), fitted_image(shown, 16))
+        assert np.array_equal(decode_mask(assigned, 16), resize_mask(np.asarray(mask) > 0, 16))
+        assert ExifTags.Base.Orientation not in Image.open(io.BytesIO(assigned)).getexif()
+        if resize is None and source.suffix != ".tiff":
+            assert image == source.read_bytes()
+
+
+def test_a_mask_drawn_on_the_picture_before_it_was_turned_is_refused(tmp_path: Path) -> None:
+    folder = make_category(tmp_path / "nut")
+    save_tagged(picture(5, (33, 17)), folder / "test/scratch/zz.png", 6)
+    save(square_mask((33, 17)), folder / "ground_truth/scratch/zz_mask.png")
+    with pytest.raises(DataProblems) as caught:
+        build(folder, tmp_path / "out", workers=1, progress=False)
+    assert caught.value.problems == [
+        "nut/ground_truth/scratch/zz_mask.png: mask is 33×17 but its image nut/test/scratch/zz.png is 17×33, turned as their "
+        "EXIF orientation says (image by 6); draw it on the image as viewers show it, or take the tag out"
+    ]
+
+
+def test_resize_keeps_thin_defects_and_remembers_how_many(tmp_path: Path) -> None:
+    folder = make_category(tmp_path / "nut")
+    mask = np.zeros((400, 400), np.uint8)
+    mask[100, 50:350] = mask[200:300, 200:300] = mask[380, 10] = 255
+    save(picture(5, (400, 400)), folder / "test/scratch/zz.png")
+    save(Image.fromarray(mask), folder / "ground_truth/scratch/zz_mask.png")
+    build(folder, tmp_path / "out", resize=40, workers=1, progress=False)
+    dataset = Dataset.open(tmp_path / "out")
+    shard, sample = dataset.manifest("nut").samples("test")[-1]
+    assert sample.mask is not None
+    stored = load_image(dataset.read("nut", shard, sample.mask))
+    assert np.array_equal(mask_pixels(stored), resize_mask(mask > 0, 40)) and mask_pixels(stored).sum() == 102
+    assert [fitted_mask(stored, size).small for size in (40, 20)] == [2, 2]
 
 
 def test_resize_stores_squares(root: Path, tmp_path: Path) -> None:

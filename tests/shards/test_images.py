@@ -4,9 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from shards import DataError, decode_image, decode_mask
+from shards.images import load_image, to_rgb, upright
 
 
 def encode(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -78,12 +79,75 @@ def test_masks_of_any_range(low: int, high: int, kind: str) -> None:
     assert np.array_equal(decode_mask(encode(Image.fromarray(values), kind), 32), expected)
 
 
-def test_masks_are_resized_by_nearest() -> None:
-    mask = np.zeros((6, 6), dtype=np.uint8)
-    mask[3:, :] = 255
-    decoded = decode_mask(encode(Image.fromarray(mask)), 3)
-    # Centres of the target pixels lie on source rows 1, 3 (0.5 * 2 = 1, 1.5 * 2 = 3) and 5.
-    assert decoded.dtype == np.bool_ and decoded[:, 0].tolist() == [False, True, True]
+# --- EXIF orientation --------------------------------------------------------------------------------------------
+
+
+def tagged(image: Image.Image, orientation: int, kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stream = io.BytesIO()
+    image.save(stream, format=kind, exif=exif, quality=95)
+    return stream.getvalue()
+
+
+def corner(width: int = 40, height: int = 24) -> Image.Image:
+    """Black, but for one corner, so that each of the eight orientations is another picture."""
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[: height // 2, : width // 4] = 255
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_and_mask_are_what_a_viewer_shows(orientation: int, kind: str) -> None:
+    data = tagged(corner(), orientation, kind)
+    seen = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    image = load_image(data)
+    assert np.array_equal(np.asarray(image), seen) and image.format == kind
+    assert np.array_equal(upright(image), image)  # once, not twice
+    expected = encode(Image.fromarray(seen).convert("RGB"))
+    assert np.array_equal(decode_image(data, 16), decode_image(expected, 16))
+    assert np.array_equal(decode_mask(data, 16), decode_mask(expected, 16))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_orientations_of_a_picture_are_other_pictures(orientation: int) -> None:
+    """Else the test above would show nothing."""
+    pictures = [load_image(tagged(corner(), other, "PNG")) for other in range(1, 9)]
+    same = [np.array_equal(picture, pictures[orientation - 1]) for picture in pictures]
+    assert same == [other == orientation for other in range(1, 9)]
+
+
+def test_a_palette_keeps_its_transparency_when_turned() -> None:
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.putpixel((0, 0), 1)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", exif=exif, transparency=0)
+    assert np.asarray(to_rgb(load_image(stream.getvalue())))[1].tolist() == [[255] * 3] * 3 + [[10, 20, 30]]
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Tag data larger")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_broken_exif_block_is_as_good_as_none(kind: str) -> None:
+    """Cut anywhere, or with one byte changed, the block never costs the picture; where it can be read, it is obeyed."""
+    whole = Image.Exif()
+    whole[ExifTags.Base.Orientation] = 6
+    block, seen = whole.tobytes(), set()
+    broken = [block[:cut] for cut in range(len(block))]
+    broken += [block[:at] + bytes([block[at] ^ 255]) + block[at + 1 :] for at in range(len(block))]
+    for exif in broken:
+        stream = io.BytesIO()
+        corner().save(stream, format=kind, exif=exif)
+        seen.add(load_image(stream.getvalue()).size)
+    assert (40, 24) in seen and seen <= {(40, 24), (24, 40)}
+
+
+@pytest.mark.parametrize("value", [0, 9, 255, 65535])
+def test_an_orientation_that_does_not_exist_is_none(value: int) -> None:
+    assert np.array_equal(load_image(tagged(corner(), value, "PNG")), corner())
 
 
 def test_floating_point_images_are_refused() -> None:

@@ -1,16 +1,22 @@
+import re
 import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from shards.build import build
 from shards.errors import DataError
 from shards.source import Dataset
-from wads_dist.config import Config, load_config
+from shards.verify import verify
+from wads_dist.config import Config, DataConfig, load_config
 from wads_dist.data import TestImages, TrainingData, mean_image, rank_samples, texture_bank
 from wads_dist.distributed import Ranks
+from wads_dist.metrics import map_metrics
 
 CPU = torch.device("cpu")
 
@@ -100,6 +106,83 @@ def test_test_images_in_parts_are_the_whole(demo_shards: Path) -> None:
         assert torch.equal(whole.images, other.images) and torch.equal(whole.masks, other.masks)
         assert (whole.keys, whole.defects, whole.has_mask) == (other.keys, other.defects, other.has_mask)
     assert whole.masks.flatten(1).any(1).tolist() == [d != "good" for d in whole.defects]
+
+
+# --- truth --------------------------------------------------------------------------------------------------------
+
+
+def defects(folder: Path, pictures: list[Image.Image], masks: list[Image.Image], orientation: int = 1) -> Dataset:
+    """Shards of a category ``cat`` whose defects are these JPEGs, with the tag, and their masks, without one."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    category = folder / "data/cat"
+    for part in ("train/good", "test/good", "test/bad", "ground_truth/bad"):
+        (category / part).mkdir(parents=True)
+    for part in ("train/good", "test/good"):
+        Image.new("RGB", pictures[0].size, (60, 60, 60)).save(category / part / "0.png")
+    for i, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+        picture.save(category / f"test/bad/{i}.jpg", exif=exif, quality=95)
+        mask.save(category / f"ground_truth/bad/{i}_mask.png")
+    build(folder / "data", folder / "out", progress=False, workers=1)
+    return Dataset.open(folder / "out")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_truth_lies_where_a_viewer_shows_the_defect(tmp_path: Path, orientation: int) -> None:
+    """The mask is drawn on the picture as annotation tools show it; brightness is then a perfect detector."""
+    picture = Image.new("RGB", (128, 96), (100, 100, 100))
+    picture.paste((255, 255, 255), (4, 4, 28, 24))
+    method = ImageOps.exif_transpose(tagged(picture, orientation))
+    mask = method.convert("L").point(lambda v: 255 * (v > 180))
+    dataset = defects(tmp_path, [picture], [mask], orientation)
+    assert verify(tmp_path / "out") == []
+    test = TestImages.load(dataset, "cat", DataConfig(image_size=64), slice(None))
+    assert map_metrics(test.images.mean(1), test.masks).auroc == pytest.approx(1, abs=1e-3)
+
+
+def tagged(picture: Image.Image, orientation: int) -> Image.Image:
+    picture = picture.copy()
+    picture.getexif()[ExifTags.Base.Orientation] = orientation
+    return picture
+
+
+def test_thin_defects_are_in_the_truth(tmp_path: Path) -> None:
+    pictures, masks = [], []
+    for top, thickness in ((448, 4), (512, 4), (576, 4), (643, 1), (700, 40)):
+        pixels = np.full((1024, 1024), 60, np.uint8)
+        pixels[top : top + thickness, 100:900] = 255
+        pictures.append(Image.fromarray(pixels))
+        masks.append(Image.fromarray(np.where(pixels > 60, 255, 0).astype(np.uint8)))
+    dataset = defects(tmp_path, pictures, masks)
+    test = TestImages.load(dataset, "cat", DataConfig(image_size=128), slice(None))
+    assert test.masks[:5].flatten(1).any(1).all() and test.small == [0, 0, 0, 1, 0, 0]
+    assert map_metrics(test.images.mean(1), test.masks).average_precision > 0.9
+    nearest = TestImages.load(dataset, "cat", DataConfig(image_size=128), slice(None), "nearest")
+    assert nearest.masks.flatten(1).any(1).tolist() == [False] * 4 + [True, False]
+    assert nearest.small == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_shards_of_before_the_orientation_was_obeyed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int
+) -> None:
+    """They are read upright, too; a mask that then does not fit its image is named, however the data set is opened."""
+    with monkeypatch.context() as before:
+        before.setattr("shards.images.upright", lambda image: image)
+        dataset = defects(tmp_path, [Image.new("RGB", (60, 40))], [Image.new("L", (60, 40), 255)], orientation)
+    sizes = [(sample.width, sample.height) for _, sample in dataset.manifest("cat").samples()]
+    assert sizes == [(60, 40)] * 3
+    if orientation == 3:
+        assert verify(tmp_path / "out") == []
+        assert TestImages.load(dataset, "cat", DataConfig(image_size=64), slice(None)).masks[0].all()
+        return
+    named = (
+        r"mask is 60×40 but its image test/bad/0\.jpg is 40×60, turned as their EXIF orientation says \(image by 6\)"
+    )
+    with pytest.raises(DataError, match=rf"sample test/bad/0 does not fit its mask: {named}"):
+        TestImages.load(dataset, "cat", DataConfig(image_size=64), slice(None))
+    (problem,) = verify(tmp_path / "out")
+    assert re.search(rf"cat/test-000000\.tar: test/bad/0\.mask\.png: {named}", problem)
 
 
 def test_mean_image_is_the_mean_over_all_training_images(demo_shards: Path) -> None:

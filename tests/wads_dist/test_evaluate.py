@@ -58,7 +58,9 @@ def images(count: int, defects: list[str] | None = None) -> TestImages:
         masks[i, :4, :4] = defect not in ("good", "unmasked")
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     x = torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear")
-    return TestImages(x, masks, [d != "unmasked" for d in defects], [str(i) for i in range(count)], defects)
+    return TestImages(
+        x, masks, [d != "unmasked" for d in defects], [str(i) for i in range(count)], defects, [0] * count
+    )
 
 
 def test_saved_weights_predict_as_the_model_did(config: Config, tmp_path: Path) -> None:

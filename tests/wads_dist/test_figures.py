@@ -28,7 +28,8 @@ def evaluation(defects: list[str], *, threshold: float | None = None, size: int 
         if defect == "good":
             probability[i] = i / count
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    test = TestImages(images, masks, [d != "unmasked" for d in defects], [f"key-{i}" for i in range(count)], defects)
+    keys = [f"key-{i}" for i in range(count)]
+    test = TestImages(images, masks, [d != "unmasked" for d in defects], keys, defects, [0] * count)
     chosen = None if threshold is None else Threshold(threshold, 0.5, "a test", 1, None, None, {})
     return Evaluation({}, test, Predictions(probability, images, torch.zeros(count, 4)), threshold=chosen)
 

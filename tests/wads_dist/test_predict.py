@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -179,14 +179,27 @@ def test_tiles_find_what_resizing_loses() -> None:
     assert tiled.area == pytest.approx(144 / 640**2)
 
 
-def test_an_exif_orientation_is_ignored_as_in_training_and_handed_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["jpg", "png", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_results_are_of_the_image_as_viewers_show_it(tmp_path: Path, orientation: int, kind: str) -> None:
+    """A bright corner is found where it is seen, and the pictures are upright by themselves."""
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    photograph(90, 70).save(tmp_path / "turned.jpg", exif=exif)
+    exif[ExifTags.Base.Orientation] = orientation
+    image = Image.new("RGB", (90, 70))
+    image.paste((255, 255, 255), (0, 0, 45, 35))
+    image.save(tmp_path / f"turned.{kind}", exif=exif)
+    with Image.open(tmp_path / f"turned.{kind}") as file:
+        seen = np.asarray(ImageOps.exif_transpose(file).convert("L")) > 127
     predict_files(brightness(), find_images([str(tmp_path)]), tmp_path / "out", None, 0.25, quiet())
-    for kind in ("scores", "heat", "overlay", "mask"):
-        with Image.open(tmp_path / "out" / f"turned.jpg.{kind}.png") as picture:
-            assert picture.size == (90, 70) and picture.getexif()[ExifTags.Base.Orientation] == 6
+    for what in ("scores", "heat", "overlay", "mask"):
+        with Image.open(tmp_path / "out" / f"turned.{kind}.{what}.png") as picture:
+            assert picture.size == seen.shape[::-1] and ExifTags.Base.Orientation not in picture.getexif()
+    with Image.open(tmp_path / "out" / f"turned.{kind}.mask.png") as picture:
+        assert (np.asarray(picture).astype(bool) == seen).mean() > 0.95
+    row = json.loads((tmp_path / "out/results.jsonl").read_text())
+    assert (row["height"], row["width"]) == seen.shape
+    with Image.open(tmp_path / f"turned.{kind}") as opened:  # the same, given to the Python API by a program
+        assert np.array_equal(brightness().predict(opened).mask, brightness().predict(tmp_path / f"turned.{kind}").mask)
 
 
 def test_batches_that_do_not_fit_are_halved_until_they_do() -> None:
