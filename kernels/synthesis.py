@@ -1,6 +1,7 @@
-"""Anomaly synthesis, Eq 3.1: I_a = M ∘ (β·I + (1 − β)·T) + (1 − M) ∘ I, from global sample indices alone.
+"""Anomaly synthesis, Eq 3.1: I_a = M ∘ (β·I_b + (1 − β)·I) + (1 − M) ∘ I_b, from global sample indices alone.
 
-A sample index determines an image, its crop, scale and rotation, a Perlin mask M, a texture T with its own jitter, and β.
+A sample index determines a normal image I_b, its crop, scale and rotation, a Perlin mask M, a texture I with its own jitter,
+and β.
 The draws are Philox words (``philox.py``), so any rank, device or restart that asks for index i gets the same sample.
 
 ``synthesise`` is what a caller uses: on a GPU it is two Triton launches (``synthesis_triton.py``, which counts the bytes), on a

@@ -1,4 +1,4 @@
-"""The networks: a bottleneck generator, a discriminator of the same stack, and a ResNet-FPN segmenter (paper §3.1 to §3.3)."""
+"""The networks: a bottleneck generator, a discriminator of the same stack, and a ResNet-FPN segmenter (paper §3.3 and §3.4)."""
 
 import math
 from collections.abc import Sequence

@@ -53,7 +53,7 @@ inline float blur(const float* row, int64_t stride) {
     return sum;
 }
 
-// ---- Reconstruction: SSIM and L2 (Eq 3.2) --------------------------------------------------------------------------------
+// ---- Reconstruction: SSIM and L2 (Eq 3.3) --------------------------------------------------------------------------------
 
 // One thread's memory: copies of the planes of x and X̂ where those are not contiguous, and the three maps of the gradient
 // with a border of zeros, so that the adjoint of a valid blur is a valid blur (its taps are symmetric). All of it, and each row
