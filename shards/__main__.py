@@ -9,11 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shards.addresses import public
 from shards.build import build, build_textures
 from shards.demo import demo
 from shards.demo_catalogue import DEMO_CATEGORIES
 from shards.errors import DataError, DataProblems
 from shards.manifest import DatasetManifest
+from shards.names import printable
 from shards.source import Dataset
 from shards.verify import verify
 
@@ -121,9 +123,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "verify":
         problems = verify(arguments.location)
         if arguments.json:
-            print(json.dumps(problems, indent=1, ensure_ascii=False))
+            print(json.dumps([printable(problem) for problem in problems], indent=1, ensure_ascii=False))
         elif not problems:
-            print(f"{arguments.location}: all well")
+            print(printable(f"{public(arguments.location)}: all well"))
         if problems:
             raise DataProblems(problems)
         return 0
@@ -137,7 +139,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         )
     else:
         manifest = _build(arguments)
-    print(f"{arguments.out}: {len(manifest.categories)} categories, fingerprint {manifest.fingerprint[:12]}")
+    print(
+        printable(str(arguments.out))
+        + f": {len(manifest.categories)} categories, fingerprint {manifest.fingerprint[:12]}"
+    )
     return 0
 
 
@@ -153,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except DataProblems as error:
-        print(f"{len(error.problems)} problems:", *error.problems, sep="\n  ", file=sys.stderr)
+        print(f"{len(error.problems)} problems:", *map(printable, error.problems), sep="\n  ", file=sys.stderr)
         return PROBLEMS
     except DataError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return PROBLEMS
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the finished shards", file=sys.stderr)

@@ -43,6 +43,7 @@ from shards.manifest import (
     parse_manifest,
     write_dataset_manifest,
 )
+from shards.names import within
 from shards.samples import EncodedSample, SampleSource, sidecar
 
 
@@ -355,7 +356,7 @@ class _Building:
         self.plan = plan
         self.digest = plan.digest()
         self.final = out / plan.category
-        self.folder = out / f".building-{plan.category}"
+        self.folder = within(out, f".building-{plan.category}")  # which is emptied
         self.replaced = out / f".replaced-{plan.category}"
         self.overwrite = overwrite
         self.tasks = plan.tasks(self.folder)

@@ -15,21 +15,17 @@ from pathlib import Path
 
 from shards.errors import DataError
 from shards.manifest import Split
+from shards.names import category_problem, defect_problem, is_utf8, key_problem, printable, quoted
 from shards.samples import FileSample
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 PLAIN_TEST_STRIDE = 5
-_CATEGORY_NAME = re.compile(r"\w[\w.+-]{0,99}")
 
 
 def category_name_problem(name: str) -> str | None:
-    """Why `name` cannot name a category (a folder, and a part of a URL); None if it can."""
-    if _CATEGORY_NAME.fullmatch(name):
-        return None
-    return (
-        f"category {name!r}: not usable as a file name (letters, digits and _ . + - only, at most 100, "
-        "no dot in front); rename the folder"
-    )
+    """Why a folder cannot be a category by its name; None if it can."""
+    problem = category_problem(name)
+    return f"category {quoted(name)}: not usable as a file name, {problem}; rename the folder" if problem else None
 
 
 def find_categories(root: Path) -> dict[str, Path]:
@@ -65,7 +61,7 @@ def scan_category(folder: Path) -> tuple[list[FileSample], list[str]]:
     if not any(sample.split == "train" for sample in scan.samples):
         where = "train/good" if _is_mvtec(folder) else "good"
         scan.problems.append(f"{folder.name}: empty category, no training image in {folder.name}/{where}; add some")
-    return sorted(scan.samples, key=lambda sample: (sample.split != "train", sample.key)), scan.problems
+    return sorted(scan.samples, key=lambda sample: (sample.split != "train", sample.key)), scan.told()
 
 
 def scan_textures(folder: Path) -> tuple[list[FileSample], list[str]]:
@@ -77,7 +73,7 @@ def scan_textures(folder: Path) -> tuple[list[FileSample], list[str]]:
         scan.add(images, "train", "good", group="train/good" if below == "." else f"train/good/{below}")
     if not scan.samples:
         scan.problems.append(f"{folder}: no image below it; give a folder of textures such as DTD's images")
-    return sorted(scan.samples, key=lambda sample: sample.key), scan.problems
+    return sorted(scan.samples, key=lambda sample: sample.key), scan.told()
 
 
 def _is_mvtec(folder: Path) -> bool:
@@ -110,6 +106,11 @@ class _Scan:
         tested = _folders(self.folder / "test")
         for defect_folder in tested:
             defect = defect_folder.name
+            if problem := defect_problem(defect):
+                self.problems.append(
+                    f"{self.name(defect_folder)}: the name of this kind of defect {problem}; rename it"
+                )
+                continue
             images = self.images(defect_folder)
             masks = self.images(self.folder / "ground_truth" / defect) if defect != "good" else None
             self.add(images, "test", defect, masks)
@@ -132,7 +133,9 @@ class _Scan:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.name.startswith(".") or path.suffix.lower() not in IMAGE_SUFFIXES:
                 continue
-            if path.stem in found:
+            if not is_utf8(self.name(path)):
+                self.problems.append(f"{self.name(path)}: this name is not UTF-8; rename it")
+            elif path.stem in found:
                 other = found[path.stem].name
                 self.problems.append(f"{self.name(path)}: name clash with {other} beside it; rename or remove one")
             else:
@@ -157,6 +160,8 @@ class _Scan:
             elif masks is not None and not candidates:
                 self.problems.append(f"{self.name(path)}: defect without mask; add {stem}_mask.png or remove the image")
             key = "/".join(_sanitise(part) for part in [*(group or f"{split}/{defect}").split("/"), stem])
+            if problem := key_problem(key):
+                self.problems.append(f"{self.name(path)}: its key {problem}; give file and folders shorter names")
             if key in self.keys:
                 self.problems.append(f"{self.name(path)}: name clash with {self.keys[key]} (both {key}); rename one")
             self.keys[key] = self.name(path)
@@ -166,6 +171,10 @@ class _Scan:
 
     def orphans(self, masks: Iterable[Path]) -> None:
         self.problems += [f"{self.name(path)}: mask with no image; add the image or remove it" for path in masks]
+
+    def told(self) -> list[str]:
+        """The problems for people: files may have any name."""
+        return [printable(problem) for problem in self.problems]
 
     def name(self, path: Path) -> str:
         return self.prefix + path.relative_to(self.folder).as_posix()

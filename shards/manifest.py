@@ -6,13 +6,15 @@ sorted keys, so that equal content is equal bytes.
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from shards.errors import DataError
 from shards.files import locked, write_atomically
+from shards.names import category_problem, defect_problem, key_problem, member_problem, printable, quoted, shard_problem
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -20,8 +22,23 @@ Split = Literal["train", "test"]
 Kind = Literal["images", "textures"]
 
 
+def _name(problem: Callable[[str], str | None]) -> AfterValidator:
+    def check(name: str) -> str:
+        if found := problem(name):
+            raise ValueError(f"{quoted(name)} {found}")
+        return name
+
+    return AfterValidator(check)
+
+
+CategoryName = Annotated[str, _name(category_problem)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, hexadecimal")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Pixels = Annotated[int, Field(gt=0, lt=2**31)]
+
+
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def to_json(self) -> str:
         """JSON text with sorted keys and a final newline."""
@@ -32,18 +49,18 @@ class Member(_Model):
     """One file inside a tar."""
 
     name: str
-    offset: int = Field(ge=0, description="byte offset of the payload (not of its header) inside the tar")
-    size: int = Field(ge=0)
+    offset: Count = Field(description="byte offset of the payload (not of its header) inside the tar")
+    size: Count
 
 
 class SampleEntry(_Model):
     """One image with its label and, where there is one, its mask."""
 
-    key: str
+    key: Annotated[str, _name(key_problem)]
     split: Split
-    defect: str = Field(description='name of the defect kind; "good" is normal')
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
+    defect: Annotated[str, _name(defect_problem)] = Field(description='name of the defect kind; "good" is normal')
+    width: Pixels
+    height: Pixels
     image: Member
     mask: Member | None = None
 
@@ -55,22 +72,22 @@ class SampleEntry(_Model):
 class ShardEntry(_Model):
     """One tar."""
 
-    name: str
-    sha256: str
-    bytes: int = Field(ge=0)
+    name: Annotated[str, _name(shard_problem)]
+    sha256: Digest
+    bytes: Count
     samples: list[SampleEntry]
 
 
 class CategoryManifest(_Model):
     """Everything about one category, or about one texture bank."""
 
-    category: str
+    category: CategoryName
     kind: Kind
     shards: list[ShardEntry]
-    counts: dict[str, int] = Field(description='samples per split and defect, as {"train/good": 28}')
+    counts: dict[str, Count] = Field(description='samples per split and defect, as {"train/good": 28}')
     mean_size: tuple[float, float] = Field(description="mean (width, height) of the stored images in pixels")
-    plan: str = Field(description="hash of the inputs and options that the build was started with")
-    fingerprint: str = Field(description="hash of category, kind and shards: equal for equal content")
+    plan: Digest = Field(description="hash of the inputs and options that the build was started with")
+    fingerprint: Digest = Field(description="hash of category, kind and shards: equal for equal content")
 
     @classmethod
     def of(cls, category: str, kind: Kind, shards: list[ShardEntry], plan: str) -> "CategoryManifest":
@@ -108,18 +125,24 @@ class CategoryManifest(_Model):
 class CategorySummary(_Model):
     """A category's line in the data set's manifest."""
 
-    fingerprint: str
+    fingerprint: Digest
     kind: Kind
-    train: int
-    test: int
+    train: Count
+    test: Count
+
+    @classmethod
+    def of(cls, manifest: CategoryManifest) -> "CategorySummary":
+        """The line that a category's manifest makes."""
+        train, test = (len(manifest.samples(split)) for split in ("train", "test"))
+        return cls(fingerprint=manifest.fingerprint, kind=manifest.kind, train=train, test=test)
 
 
 class DatasetManifest(_Model):
     """The categories that a folder holds."""
 
-    version: int
-    categories: dict[str, CategorySummary]
-    fingerprint: str
+    version: int = Field(ge=0, lt=2**31)
+    categories: dict[CategoryName, CategorySummary]
+    fingerprint: Digest
 
 
 def category_fingerprint(category: str, kind: str, shards: list[ShardEntry]) -> str:
@@ -144,31 +167,58 @@ _M = TypeVar("_M", DatasetManifest, CategoryManifest)
 
 
 def parse_manifest(model: type[_M], text: str | bytes, where: str) -> _M:
-    """Parse and check a manifest read from `where`.
+    """Parse and check a manifest read from `where`, of whose text nothing is taken for granted.
 
     Raises:
-        DataError: it is not JSON of this shape, is of another version, or its fingerprint is not that of its content.
+        DataError: it is not JSON of this shape, is of another version, holds a name that cannot be one (`shards.names`) or a
+            place outside of its shard; or its fingerprint, counts or mean size are not those of its content.
     """
     try:
         manifest = model.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "document"
-        raise DataError(f"{where}: not a usable manifest ({field}: {first['msg']}); build the shards again") from error
-    if isinstance(manifest, CategoryManifest):
-        expected = category_fingerprint(manifest.category, manifest.kind, manifest.shards)
-    else:
-        if manifest.version != VERSION:
-            raise DataError(
-                f"{where}: version {manifest.version}, this program reads {VERSION}; build the shards again"
-            )
-        expected = dataset_fingerprint(manifest.categories)
-    if manifest.fingerprint != expected:
-        raise DataError(
-            f"{where}: fingerprint {manifest.fingerprint[:12]}… does not match its content ({expected[:12]}…); "
-            "the file was changed after the build: build the shards again"
-        )
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = printable(".".join(map(str, first["loc"])))[:200] or "document"
+        raise DataError(f"{where}: not a usable manifest ({field}: {first['msg']}); build the shards again") from None
+    if isinstance(manifest, DatasetManifest) and manifest.version != VERSION:
+        raise DataError(f"{where}: version {manifest.version}, this program reads {VERSION}; build the shards again")
+    if problem := next(_contradictions(manifest), None):
+        raise DataError(f"{where}: {problem}: build the shards again")
     return manifest
+
+
+def _contradictions(manifest: CategoryManifest | DatasetManifest) -> Iterator[str]:
+    """What a manifest says of itself that does not follow from the rest of it."""
+    if isinstance(manifest, DatasetManifest):
+        if len({name.casefold() for name in manifest.categories}) < len(manifest.categories):
+            yield "names of categories differ in large and small letters only; rename one of the folders"
+        yield from _fingerprint_problem(manifest.fingerprint, dataset_fingerprint(manifest.categories))
+        return
+    if len({shard.name.casefold() for shard in manifest.shards}) < len(manifest.shards):
+        yield "two shards have one name"
+    samples = manifest.samples()
+    if not samples:
+        yield "it holds no sample"
+        return
+    if len({sample.key for _, sample in samples}) < len(samples):
+        yield "two samples have one key"
+    for shard, sample in samples:
+        for member in filter(None, (sample.image, sample.mask)):
+            if problem := member_problem(member.name, sample.key):
+                yield f"{shard.name}: the member {quoted(member.name)} {problem}"
+            if member.offset + member.size > shard.bytes:
+                yield f"{shard.name}: {member.name} would end after the {shard.bytes} bytes of its shard"
+    expected = CategoryManifest.of(manifest.category, manifest.kind, manifest.shards, manifest.plan)
+    yield from _fingerprint_problem(manifest.fingerprint, expected.fingerprint)
+    for field in ("counts", "mean_size"):
+        if getattr(manifest, field) != getattr(expected, field):
+            yield f"{field} is not that of its samples; the file was changed after the build"
+
+
+def _fingerprint_problem(said: str, expected: str) -> Iterator[str]:
+    if said != expected:
+        yield (
+            f"fingerprint {said[:12]}… does not match its content ({expected[:12]}…); the file was changed after the build"
+        )
 
 
 def write_dataset_manifest(out: Path) -> DatasetManifest:
@@ -182,10 +232,9 @@ def write_dataset_manifest(out: Path) -> DatasetManifest:
             if path.parent.name.startswith("."):
                 continue
             manifest = parse_manifest(CategoryManifest, path.read_bytes(), str(path))
-            per_split = {split: len(manifest.samples(split)) for split in ("train", "test")}
-            categories[manifest.category] = CategorySummary(
-                fingerprint=manifest.fingerprint, kind=manifest.kind, train=per_split["train"], test=per_split["test"]
-            )
+            if manifest.category != path.parent.name:
+                raise DataError(f"{path}: is of the category {manifest.category}; name its folder so, or move it away")
+            categories[manifest.category] = CategorySummary.of(manifest)
         dataset = DatasetManifest(version=VERSION, categories=categories, fingerprint=dataset_fingerprint(categories))
         write_atomically(out / MANIFEST, dataset.to_json())
     return dataset

@@ -7,30 +7,38 @@ a process. Remote shards go to a cache on local disk, where every process of a m
 import hashlib
 import io
 import os
-import re
 import select
 import shutil
+import stat
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
+from shards.addresses import VARIABLE, address_problem, is_remote, public, take_credentials, with_credentials
 from shards.errors import DataError
 from shards.files import CHUNK, locked, sha256_file
 from shards.manifest import (
     MANIFEST,
     CategoryManifest,
+    CategorySummary,
     DatasetManifest,
     Member,
     ShardEntry,
     parse_manifest,
 )
+from shards.names import printable, quoted, within
 
 BACKOFF_SECONDS = 0.5
 STALL_SECONDS = 60.0
+# A manifest has some 400 bytes for each sample.
+MANIFEST_BYTES = 512 << 20
 _CURL_HTTP_ERROR = 22
+_TRY_AGAIN = ("408", "429", "500", "502", "503", "504")
 _T = TypeVar("_T")
 
 
@@ -39,7 +47,10 @@ class _Interrupted(Exception):
 
 
 class Dataset:
-    """A built data set at a location. Holds no open files, so it may be pickled and used from threads."""
+    """A built data set at a location. Holds no open files, so it may be pickled and used from threads.
+
+    `location` has no credentials: those that an address came with are in the environment (`shards.addresses`).
+    """
 
     def __init__(self, location: str, cache: Path, retries: int, manifest: DatasetManifest) -> None:
         self.location = location
@@ -61,14 +72,14 @@ class Dataset:
         Raises:
             DataError: there is no data set, its manifest is damaged, or it cannot be reached.
         """
-        text = str(location).rstrip("/") or "/"
-        if text.startswith("file://"):
-            text = text.removeprefix("file://")
+        if problem := address_problem(str(location)):
+            raise DataError(problem)
+        text = take_credentials(str(location)).removeprefix("file://").rstrip("/") or "/"
         if cache is None:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wads-dist"
         where = _join(text, MANIFEST)
         try:
-            data = _fetch_bytes(where, retries) if _is_remote(text) else Path(where).read_bytes()
+            data = _fetch_bytes(where, retries) if is_remote(text) else _read_bytes(where)
         except FileNotFoundError as error:
             raise DataError(
                 f"{text}: no {MANIFEST} there, so no built data set; build one with "
@@ -90,7 +101,7 @@ class Dataset:
 
     @property
     def is_remote(self) -> bool:
-        return _is_remote(self.location)
+        return is_remote(self.location)
 
     def manifest(self, category: str) -> CategoryManifest:
         """The manifest of a category or texture bank.
@@ -101,19 +112,21 @@ class Dataset:
         if category not in self._manifests:
             if category not in self.index.categories:
                 known = ", ".join(self.index.categories) or "none"
-                raise DataError(f"{self.location}: no category {category!r}; it has {known}")
+                raise DataError(f"{self.location}: no category {quoted(category)}; it has {known}")
             where = _join(self.location, category, MANIFEST)
             try:
-                data = _fetch_bytes(where, self.retries) if self.is_remote else Path(where).read_bytes()
+                data = _fetch_bytes(where, self.retries) if self.is_remote else _read_bytes(where)
             except OSError as error:
                 raise DataError(
                     f"{where}: cannot be read ({error.strerror or error}); build the category again"
                 ) from error
             manifest = parse_manifest(CategoryManifest, data, where)
-            if manifest.fingerprint != self.index.categories[category].fingerprint:
+            listed, found = self.index.categories[category].model_dump(), CategorySummary.of(manifest).model_dump()
+            different = [name for name in found if listed[name] != found[name]]
+            if different or manifest.category != category:
                 raise DataError(
                     f"{where}: not the category that {_join(self.location, MANIFEST)} lists "
-                    "(fingerprints differ); copy the whole data set again, or build it again"
+                    f"({', '.join(different) or 'its name'} differs); copy the whole data set again, or build it again"
                 )
             self._manifests[category] = manifest
         return self._manifests[category]
@@ -158,40 +171,47 @@ class Dataset:
 
     def _cached(self, category: str, url: str, entry: ShardEntry) -> Path:
         # Named by content: another data set with equal names must not evict this one's shards, nor be taken for it.
-        path = self.cache / category / f"{entry.sha256[:16]}-{entry.name}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock")
-        lock.touch()
-        with locked(lock, wait=True):  # the other ranks of this machine wait for the one that fetches
-            if path.exists():
-                if _difference(path, entry) is None:
-                    return path
-                path.unlink()
+        path = within(self.cache, category, f"{entry.sha256[:16]}-{entry.name}")
+        lock = within(self.cache, category, path.with_suffix(".lock").name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
+            with locked(lock, wait=True):  # the other ranks of this machine wait for the one that fetches
+                if path.exists():
+                    if _difference(path, entry) is None:
+                        return path
+                    path.unlink()
+                return _with_retries(lambda: self._fetch(url, path, entry), url, self.retries)
+        except OSError as error:
+            raise DataError(
+                f"{self.cache}: {entry.name} of {entry.bytes:,} bytes cannot be written there ({error.strerror or error}); "
+                "make room, or give another folder (data.cache, XDG_CACHE_HOME)"
+            ) from error
 
-            def attempt() -> Path:
-                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fetch-", delete=False) as stream:
-                    temporary = Path(stream.name)
-                    try:
-                        received, digest = _transfer(url, stream)
-                        if received != entry.bytes:
-                            raise _Interrupted(f"received {received} bytes, expected {entry.bytes}")
-                        if digest != entry.sha256:
-                            raise _Interrupted(f"received SHA-256 {digest}, expected {entry.sha256}")
-                        stream.flush()
-                        os.replace(temporary, path)
-                    finally:
-                        temporary.unlink(missing_ok=True)
-                return path
-
-            return _with_retries(attempt, url, self.retries)
+    def _fetch(self, url: str, path: Path, entry: ShardEntry) -> Path:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fetch-", delete=False) as stream:
+            temporary = Path(stream.name)
+            try:
+                received, digest = _transfer(url, stream, entry.bytes)
+                if received != entry.bytes:
+                    raise _Interrupted(f"received {received} bytes, expected {entry.bytes}")
+                if digest != entry.sha256:
+                    raise _Interrupted(f"received SHA-256 {digest}, expected {entry.sha256}")
+                stream.flush()
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return path
 
 
 def _difference(path: Path, entry: ShardEntry) -> str | None:
     """How a file differs from its entry of the manifest; None if it does not."""
     try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            return f"{size} bytes, the manifest says {entry.bytes}"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "no regular file"
+        if status.st_size != entry.bytes:
+            return f"{status.st_size} bytes, the manifest says {entry.bytes}"
         digest = sha256_file(path)
     except FileNotFoundError:
         return "missing"
@@ -200,20 +220,29 @@ def _difference(path: Path, entry: ShardEntry) -> str | None:
     return None if digest == entry.sha256 else f"SHA-256 is {digest}, the manifest says {entry.sha256}"
 
 
-def _is_remote(location: str) -> bool:
-    return re.match(r"[a-z][a-z0-9+.-]+://", location) is not None
-
-
 def _join(location: str, *parts: str) -> str:
     if location.startswith(("http://", "https://")):
         parts = tuple(quote(part) for part in parts)
     return "/".join((location.rstrip("/"), *parts))
 
 
+def _read_bytes(where: str) -> bytes:
+    """A manifest in a folder. Raises OSError, also where a device or a pipe stands in its place."""
+    if not stat.S_ISREG(os.stat(where).st_mode):
+        raise OSError("no regular file")
+    with open(where, "rb") as stream:
+        data = stream.read(MANIFEST_BYTES + 1)
+    if len(data) > MANIFEST_BYTES:
+        raise OSError(f"more than {MANIFEST_BYTES >> 20} MiB")
+    return data
+
+
 def _fetch_bytes(url: str, retries: int) -> bytes:
     def attempt() -> bytes:
         stream = io.BytesIO()
-        _transfer(url, stream)
+        received, _ = _transfer(url, stream, MANIFEST_BYTES)
+        if received > MANIFEST_BYTES:
+            raise DataError(f"{url}: no manifest has more than {MANIFEST_BYTES >> 20} MiB; check the address")
         return stream.getvalue()
 
     return _with_retries(attempt, url, retries)
@@ -230,8 +259,8 @@ def _with_retries(attempt: Callable[[], _T], url: str, retries: int) -> _T:
     raise DataError(f"{url}: {reason}; gave up after {retries + 1} tries: check the server and the network")
 
 
-def _transfer(url: str, target: BinaryIO | Any) -> tuple[int, str]:
-    """Copy a URL to a stream; returns the number of bytes and their SHA-256.
+def _transfer(url: str, target: BinaryIO | Any, most: int) -> tuple[int, str]:
+    """Copy a URL to a stream; returns the number of bytes and their SHA-256. It ends with the first byte after `most`.
 
     Raises:
         _Interrupted: the connection failed, broke or stalled.
@@ -242,39 +271,53 @@ def _transfer(url: str, target: BinaryIO | Any) -> tuple[int, str]:
     chunks = _http_chunks(url) if url.startswith(("http://", "https://")) else _object_chunks(url)
     try:
         for chunk in chunks:
-            digest.update(chunk)
-            target.write(chunk)
-            received += len(chunk)
+            kept = chunk[: most + 1 - received]
+            digest.update(kept)
+            target.write(kept)
+            received += len(kept)
+            if received > most:
+                break
     except _Interrupted as error:
         raise _Interrupted(f"{error} after {received} bytes") from error
     return received, digest.hexdigest()
 
 
 def _http_chunks(url: str) -> Iterator[bytes]:
-    """The body of a URL through WebDataset's opener, which runs curl."""
+    """The body of a URL through curl, which is told the credentials on its standard input: other users see command lines.
+
+    (WebDataset's opener puts the address on curl's command line, and importing it imports torch.)
+    """
     if shutil.which("curl") is None:
         raise DataError(f"{url}: reading http(s) needs the program curl; install it (apt-get install curl)")
-    from webdataset.gopen import gopen  # here, because importing webdataset imports torch
-
-    pipe = gopen(url, "rb")
-    descriptor = pipe.stream.fileno()
-    try:
-        while True:
-            # A server that stops sending keeps its connection open for ever; curl as WebDataset starts it would wait.
-            if not select.select([descriptor], [], [], STALL_SECONDS)[0]:
-                raise _Interrupted(f"no data for {STALL_SECONDS:.0f} s")
-            chunk = os.read(descriptor, CHUNK)
-            if not chunk:
-                break
-            yield chunk
-        status = pipe.proc.wait()
-    finally:
-        if pipe.proc.poll() is None:
-            pipe.proc.kill()
-        pipe.ignore_errors = True  # the exit status is judged here, with a message of our own
-        pipe.close()
+    options = "--fail --silent --location --globoff --netrc-optional --connect-timeout 30 --proto =http,https"
+    command = ["curl", *options.split(), "--write-out", "%{stderr}%{http_code}", "--config", "-"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin and process.stdout and process.stderr
+        address = with_credentials(url).replace("\\", r"\\").replace('"', r"\"")
+        with suppress(BrokenPipeError):  # it has ended already, with a status that tells
+            process.stdin.write(f'url = "{address}"\n'.encode())
+            process.stdin.close()
+        try:
+            descriptor = process.stdout.fileno()
+            while True:
+                # A server that stops sending keeps its connection open for ever; curl would wait.
+                if not select.select([descriptor], [], [], STALL_SECONDS)[0]:
+                    raise _Interrupted(f"no data for {STALL_SECONDS:.0f} s")
+                chunk = os.read(descriptor, CHUNK)
+                if not chunk:
+                    break
+                yield chunk
+            said, status = process.stderr.read().decode(errors="replace")[-3:], process.wait()
+        finally:
+            process.kill()
     if status == _CURL_HTTP_ERROR:
-        raise DataError(f"{url}: the server answered with an HTTP error; check the address and the permissions")
+        if said in _TRY_AGAIN:
+            raise _Interrupted(f"the server answered with HTTP {said}")
+        raise DataError(
+            f"{url}: the server answered with an HTTP error ({said}); check the address and the permissions "
+            f"(credentials are taken from the address, ~/.netrc or {VARIABLE})"
+        )
     if status != 0:
         raise _Interrupted(f"curl ended with exit status {status}")
 
@@ -285,17 +328,21 @@ def _object_chunks(url: str) -> Iterator[bytes]:
     try:
         import fsspec
 
-        opened = fsspec.open(url, "rb")
+        opened = fsspec.open(with_credentials(url), "rb")
     except (ImportError, ValueError) as error:
         raise DataError(
-            f"{url}: reading {scheme}:// needs fsspec and its driver ({error}); "
+            f"{url}: reading {scheme}:// needs fsspec and its driver ({_told(error)}); "
             "install them (for s3: pip install fsspec s3fs)"
-        ) from error
+        ) from None  # whose text may hold the credentials
     try:
         with opened as stream:
             while chunk := stream.read(CHUNK):
                 yield chunk
     except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{url}: {error}; check the address and the permissions") from error
+        raise DataError(f"{url}: {_told(error)}; check the address and the permissions") from None
     except Exception as error:  # each driver has its own exceptions for a lost connection
-        raise _Interrupted(f"{type(error).__name__}: {error}") from error
+        raise _Interrupted(f"{type(error).__name__}: {_told(error)}") from None
+
+
+def _told(error: Exception) -> str:
+    return printable(public(str(error)))

@@ -11,6 +11,7 @@ from PIL import Image
 from shards.errors import DataError, DataProblems
 from shards.images import load_image, mask_pixels, size_difference, stored_size
 from shards.manifest import CategoryManifest, Member, SampleEntry, ShardEntry
+from shards.names import quoted
 from shards.source import Dataset
 
 
@@ -101,7 +102,7 @@ def _verify_shard(dataset: Dataset, category: str, shard: ShardEntry) -> list[st
     for sample in shard.samples:
         problems += _verify_sample(path, where, sample, members)
     known = {name for sample in shard.samples for name in _names(sample)}
-    problems += [f"{where}: {name} is not in the manifest" for name in members if name not in known]
+    problems += [f"{where}: {quoted(name)} is not in the manifest" for name in members if name not in known]
     return problems
 
 
@@ -114,10 +115,10 @@ def _members(path: Path) -> tuple[dict[str, Member], str | None]:
             for info in tar:
                 members[info.name] = Member(name=info.name, offset=info.offset_data, size=info.size)
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         return members, f"tar cannot be read after {len(members)} members ({error})"
     with open(path, "rb") as stream:  # tarfile takes a cut between members, or in a header, for the end
-        stream.seek(end)
+        stream.seek(min(end, 2**62))  # a header may say any size
         if stream.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
             return members, f"tar is cut after {len(members)} members (its end mark is missing)"
     return members, None

@@ -1,0 +1,560 @@
+"""Manifests that somebody has written on purpose: no name leads out of the cache, no field is believed, no size is trusted.
+
+Seconds by default; `pytest -m long` goes on for minutes with other seeds.
+"""
+
+import base64
+import copy
+import hashlib
+import http.server
+import itertools
+import json
+import random
+import resource
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shards.source
+from shards import DataError, Dataset, build, verify
+from shards.addresses import VARIABLE
+from shards.verify import open_category
+from tests.shards.conftest import make_category
+
+curl = pytest.mark.skipif(shutil.which("curl") is None, reason="http needs curl")
+Tree = Any
+
+
+class Host(http.server.ThreadingHTTPServer):
+    """Answers with `files` (path → bytes), with `shard` whatever else is asked for; with `user`, only who logs in."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.shard: bytes | None = b""
+        self.user = ""
+        self.status: list[int] = []
+        self.endless = False
+        self.requests: list[str] = []
+        super().__init__(("127.0.0.1", 0), Answer)
+
+    def address(self, user: str = "") -> str:
+        return f"http://{user}127.0.0.1:{self.server_address[1]}"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    server: Host
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        given = self.headers.get("Authorization", "")
+        if self.server.user and given != "Basic " + base64.b64encode(self.server.user.encode()).decode():
+            return self.send_error(401)
+        if self.server.status:
+            return self.send_error(self.server.status.pop())
+        data = self.server.files.get(self.path.partition("?")[0], self.server.shard)
+        if data is None:
+            return self.send_error(404)
+        self.send_response(200)
+        self.end_headers()
+        try:
+            self.wfile.write(data)
+            while self.server.endless:
+                self.wfile.write(bytes(1 << 16))
+        except OSError:
+            pass  # who asked has had enough
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    monkeypatch.setattr(shards.source, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(VARIABLE, "")
+    with Host() as host:
+        thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield host
+        host.endless = False
+        host.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def good(module_path: Path) -> Path:
+    """A data set of one category and one shard for each split."""
+    make_category(module_path / "data/nut", train=3)
+    build(module_path / "data", module_path / "good", workers=1, progress=False)
+    return module_path / "good"
+
+
+class Forgery:
+    """The two manifests of a data set as trees, to be changed and sealed again: fingerprints are no secret."""
+
+    def __init__(self, good: Path) -> None:
+        self.good = good
+        self.index: Tree = json.loads((good / "manifest.json").read_text())
+        self.category: Tree = json.loads((good / "nut/manifest.json").read_text())
+
+    def seal(self) -> "Forgery":
+        try:
+            content = [self.category["category"], self.category["kind"], self.category["shards"]]
+            self.category["fingerprint"] = digest(content)
+            for line in self.index["categories"].values():
+                line["fingerprint"] = self.category["fingerprint"]
+        except (KeyError, TypeError, AttributeError):
+            pass  # changed beyond that
+        return self.seal_index()
+
+    def seal_index(self) -> "Forgery":
+        try:
+            lines = self.index["categories"].items()
+            self.index["fingerprint"] = digest({name: line["fingerprint"] for name, line in lines})
+        except (KeyError, TypeError, AttributeError):
+            pass
+        return self
+
+    def texts(self) -> tuple[bytes, bytes]:
+        return text(self.index), text(self.category)
+
+    def write(self, out: Path) -> Path:
+        shutil.copytree(self.good, out)
+        for path, content in zip((out / "manifest.json", out / "nut/manifest.json"), self.texts(), strict=True):
+            path.write_bytes(content)
+        return out
+
+    def serve(self, host: Host) -> str:
+        index, category = self.texts()
+        names = self.index.get("categories") if isinstance(self.index, dict) else None
+        host.files = {f"/{name}/manifest.json": category for name in (names if isinstance(names, dict) else ())}
+        host.files |= {"/manifest.json": index, "/nut/manifest.json": category}
+        host.shard = (self.good / "nut/train-000000.tar").read_bytes()
+        return host.address()
+
+
+def digest(content: Tree) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode(errors="replace")).hexdigest()
+
+
+def text(tree: Tree) -> bytes:
+    return json.dumps(tree).encode()  # lone surrogates too, as escapes
+
+
+def places(tree: Tree, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in a tree."""
+    yield path
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, child in children:
+        yield from places(child, (*path, key))
+
+
+def at(tree: Tree, path: tuple[Any, ...]) -> Tree:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def use(location: str, cache: Path) -> None:
+    """What training does with a data set: all of it fetched, checked and read. Raises DataError."""
+    dataset = Dataset.open(location, cache=cache, retries=0)
+    assert dataset.categories + dataset.texture_banks  # what is listed is used
+    for category in dataset.index.categories:
+        for shard, sample in dataset.manifest(category).samples():
+            for member in filter(None, (sample.image, sample.mask)):
+                dataset.read(category, shard, member)
+
+
+def tree_of(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# --- every field, changed by itself --------------------------------------------------------------------------------
+
+
+def other(value: Tree) -> Tree:
+    if isinstance(value, bool | None):
+        return 1
+    if isinstance(value, int | float):
+        return value + 1
+    return ("0" if value[:1] != "0" else "1") + value[1:] if len(value) == 64 else value + "x"
+
+
+def leaves(good: Path) -> list[tuple[str, tuple[Any, ...]]]:
+    forgery = Forgery(good)
+    trees = {"index": forgery.index, "category": forgery.category}
+    return [
+        (which, path)
+        for which, tree in trees.items()
+        for path in places(tree)
+        if path and not isinstance(at(tree, path), dict | list)
+    ]
+
+
+def test_no_field_is_believed(good: Path, tmp_path: Path) -> None:
+    """F27: what the fingerprint does not cover follows from what it covers. (`plan` says what the builder was asked for: it
+    is compared with nothing but another build's, and no reader uses it.)"""
+    believed = []
+    out = Forgery(good).write(tmp_path / "out")
+    for which, path in leaves(good):
+        forgery = Forgery(good)
+        tree = forgery.index if which == "index" else forgery.category
+        at(tree, path[:-1])[path[-1]] = other(at(tree, path))
+        for file, content in zip(("manifest.json", "nut/manifest.json"), forgery.texts(), strict=True):
+            (out / file).write_bytes(content)
+        try:
+            use(str(out), tmp_path / "cache")
+            believed.append((which, path))
+        except DataError:
+            pass
+    assert believed == [("category", ("plan",))]
+
+
+@pytest.mark.parametrize("field", ["train", "test", "kind"])
+def test_what_the_index_says_is_what_the_category_holds(good: Path, tmp_path: Path, field: str) -> None:
+    forgery = Forgery(good)
+    line = forgery.index["categories"]["nut"]
+    line[field] = "textures" if field == "kind" else line[field] + 10
+    out = forgery.seal_index().write(tmp_path / "out")
+    assert len(verify(out)) == 1 and f"({field} differs)" in verify(out)[0]
+
+
+# --- names that lead elsewhere -------------------------------------------------------------------------------------
+
+
+def escapes(target: Path) -> list[str]:
+    up = "/".join([".."] * 30)
+    return [
+        f"{up}{target}",
+        str(target),
+        f"x/{up}{target}",
+        f"{up}{target}.tar",
+        f"x/{up}{target}.tar",
+        f"{target}.tar",
+    ]
+
+
+@curl
+@pytest.mark.parametrize("where", ["shard", "sha256", "category", "key", "member", "defect"])
+def test_no_name_from_a_server_becomes_a_path(host: Host, good: Path, tmp_path: Path, where: str) -> None:
+    """F1: a hash that is right for the bytes that come, under a name that leads anywhere."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for number, name in enumerate(escapes(outside / "OWNED")):
+        forgery = Forgery(good)
+        shard = forgery.category["shards"][0]
+        forgery.category["shards"] = [shard]
+        if where == "shard":
+            shard["name"] = name
+        elif where == "sha256":
+            shard["sha256"] = name
+        elif where == "category":
+            forgery.category["category"] = name
+            forgery.index["categories"] = {name: forgery.index["categories"]["nut"]}
+        elif where == "key":
+            shard["samples"][0]["key"] = name
+        elif where == "member":
+            shard["samples"][0]["image"]["name"] = name
+        else:
+            shard["samples"][0]["defect"] = name
+        address = forgery.seal().serve(host)
+        problems = verify(address)
+        assert len(problems) == 1 and ("not a usable manifest" in problems[0] or "the member" in problems[0]), number
+        with pytest.raises(DataError):
+            open_category(address, name if where == "category" else "nut", tmp_path / "cache")
+    assert tree_of(outside) == {}
+    assert {path.name for path in tmp_path.iterdir()} <= {"outside", "cache"}
+
+
+@pytest.mark.parametrize("name", ["../evilcat", "queue", "LOG", "a/b", "..", "x\x1b[2J"])
+def test_no_category_of_a_folder_leads_out_of_a_run(good: Path, tmp_path: Path, name: str) -> None:
+    """F2: fingerprints right, the category beside the data set."""
+    forgery = Forgery(good)
+    forgery.category["category"] = name
+    forgery.index["categories"] = {name: forgery.index["categories"]["nut"]}
+    out = forgery.seal().write(tmp_path / "out")
+    with pytest.raises(DataError, match="not a usable manifest") as caught:
+        Dataset.open(out)
+    assert "\x1b" not in str(caught.value)
+
+
+@curl
+def test_a_link_in_the_cache_leads_nowhere(host: Host, good: Path, tmp_path: Path) -> None:
+    address, outside = Forgery(good).serve(host), tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/nut").symlink_to(outside)
+    with pytest.raises(DataError, match="leads out of"):
+        use(address, tmp_path / "c")
+    entry = Dataset.open(address).manifest("nut").shards[0]
+    (tmp_path / "c/nut").unlink()
+    (tmp_path / "c/nut").mkdir()
+    (tmp_path / f"c/nut/{entry.sha256[:16]}-train-000000.lock").symlink_to(outside / "OWNED")
+    with pytest.raises(DataError, match="leads out of"):
+        use(address, tmp_path / "c")
+    assert tree_of(outside) == {}
+
+
+@curl
+def test_a_category_may_be_called_as_the_folder_of_built_shards(host: Host, good: Path, tmp_path: Path) -> None:
+    forgery = Forgery(good)
+    forgery.category["category"] = "built"
+    forgery.category["shards"] = forgery.category["shards"][:1]
+    forgery.category["counts"] = {"train/good": 3}
+    forgery.index["categories"] = {"built": forgery.index["categories"]["nut"] | {"test": 0}}
+    (tmp_path / "cache/built/data-0123abcd").mkdir(parents=True)
+    use(forgery.seal().serve(host), tmp_path / "cache")
+    assert len(tree_of(tmp_path / "cache/built")) == 3  # the other's folder, the shard, its lock
+
+
+# --- at random -----------------------------------------------------------------------------------------------------
+
+VALUES: list[Tree] = [
+    *(None, True, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308, float("nan"), float("inf"), -0.0),
+    *(
+        "",
+        "x",
+        "good",
+        "train",
+        "nut",
+        ".",
+        "..",
+        "/",
+        "~",
+        "-rf",
+        "a\0b",
+        "\ud800",
+        "\udcfc",
+        "\x1b[2J",
+        "\u202e",
+        "🥜",
+    ),
+    *("a" * 300, "x" * 100_000, "../" * 50, "queue", "all", "manifest.json", ".building-nut", "0" * 64, "NaN", "1"),
+    *([], {}, [[]], {"": {}}, [None], {"nut": None}, ["x"] * 1000, {"a": {"b": {"c": {}}}}),
+]
+
+
+def spoil(tree: Tree, rng: random.Random, strings: list[str]) -> Tree:
+    """The tree with one thing in it changed, left out, doubled or renamed."""
+    path = rng.choice(list(places(tree)))
+    if not path:
+        return copy.deepcopy(rng.choice(VALUES))
+    parent, key = at(tree, path[:-1]), path[-1]
+    value = parent[key]
+    kind = rng.randrange(6)
+    if kind == 0 and isinstance(value, str) and value:
+        cut = rng.randrange(len(value))
+        value = value[:cut] + rng.choice([chr(rng.randrange(0x3000)), "/", "..", "\0", "\u202e"]) + value[cut + 1 :]
+    elif kind == 1 and isinstance(value, int | float):
+        value = value * rng.choice([-1, 10, 2**20, 2**70]) + rng.choice([-1, 0, 1])
+    elif kind == 2 and isinstance(parent, dict):
+        parent[rng.choice([*strings, "extra"])] = parent.pop(key)
+        return tree
+    elif kind == 3:
+        parent.pop(key)
+        return tree
+    elif kind == 4 and isinstance(parent, list):
+        parent.insert(key, copy.deepcopy(value))
+        return tree
+    else:
+        value = copy.deepcopy(rng.choice([*VALUES, *strings]))
+    parent[key] = value
+    return tree
+
+
+def forgeries(good: Path, seed: int, count: int, target: Path) -> Iterator[Forgery]:
+    rng, strings = random.Random(seed), [*escapes(target), *(v for v in VALUES if isinstance(v, str))]
+    for _ in range(count):
+        forgery = Forgery(good)
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            if rng.random() < 0.35:
+                forgery.index = spoil(forgery.index, rng, strings)
+            else:
+                forgery.category = spoil(forgery.category, rng, strings)
+        if rng.random() < 0.25 and isinstance(forgery.index, dict) and isinstance(forgery.category, dict):
+            # One name in both, as a whole data set of that name would have it.
+            name = forgery.category["category"] = rng.choice(strings)
+            lines = forgery.index.get("categories")
+            forgery.index["categories"] = {name: next(iter(lines.values()), {}) if isinstance(lines, dict) else {}}
+        yield forgery.seal() if rng.random() < 0.8 else forgery
+
+
+CASES = [pytest.param(0, id="seconds"), pytest.param(1, marks=pytest.mark.long, id="long")]
+
+
+@pytest.mark.parametrize("long", CASES)
+def test_any_manifest_in_a_folder_is_used_or_refused(good: Path, tmp_path: Path, long: int) -> None:
+    outside, out = tmp_path / "outside", tmp_path / "data/out"
+    outside.mkdir()
+    Forgery(good).write(out)
+    before, memory = tree_of(out.parent), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for forgery in forgeries(good, seed=long, count=30_000 if long else 400, target=outside / "OWNED"):
+        for file, content in zip(("manifest.json", "nut/manifest.json"), forgery.texts(), strict=True):
+            (out / file).write_bytes(content)
+        refused += bool(verify(out))
+    assert refused > 300
+    for file, content in zip(("manifest.json", "nut/manifest.json"), Forgery(good).texts(), strict=True):
+        (out / file).write_bytes(content)
+    assert tree_of(out.parent).keys() == before.keys() and tree_of(outside) == {}
+    assert {path.name for path in tmp_path.iterdir()} == {"outside", "data"}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400_000  # KiB
+
+
+@curl
+@pytest.mark.parametrize("long", CASES)
+def test_any_manifest_from_a_server_is_used_or_refused(host: Host, good: Path, tmp_path: Path, long: int) -> None:
+    outside, cache, memory = (
+        tmp_path / "outside",
+        tmp_path / "cache",
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    )
+    outside.mkdir()
+    refused = 0
+    for forgery in forgeries(good, seed=10 + long, count=3000 if long else 60, target=outside / "OWNED"):
+        try:
+            use(forgery.serve(host), cache)
+        except DataError:
+            refused += 1
+    assert refused > 40
+    assert tree_of(outside) == {} and {path.name for path in tmp_path.iterdir()} <= {"outside", "cache"}
+    for path in cache.rglob("*"):
+        assert path.is_dir() or path.suffix in (".tar", ".lock")
+        assert len(path.relative_to(cache).parts) == 1 + path.is_file()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 400_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b'{"version": ' + b"9" * 6000 + b"}", b"nan", b"\0" * 1000],
+    ids=["empty", "not UTF-8", "deep list", "deep object", "long number", "nan", "zeros"],
+)
+def test_what_is_no_json_is_refused(good: Path, tmp_path: Path, content: bytes) -> None:
+    for number, file in enumerate(("manifest.json", "nut/manifest.json")):
+        out = Forgery(good).write(tmp_path / f"out{number}")
+        (out / file).write_bytes(content)
+        problems = verify(out)
+        assert len(problems) == 1 and "not a usable manifest" in problems[0]
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@curl
+def test_a_manifest_without_an_end_is_refused(host: Host, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards.source, "MANIFEST_BYTES", 1 << 20)
+    host.endless = True
+    with pytest.raises(DataError, match="no manifest has more than 1 MiB"):
+        Dataset.open(Forgery(good).serve(host))
+    assert len(host.requests) == 1
+
+
+@curl
+def test_a_shard_without_an_end_is_fetched_no_further_than_it_may_go(host: Host, good: Path, tmp_path: Path) -> None:
+    dataset = Dataset.open(Forgery(good).serve(host), cache=tmp_path / "cache", retries=0)
+    shard = dataset.manifest("nut").shards[0]
+    host.endless = True
+    with pytest.raises(DataError, match=f"received {shard.bytes + 1} bytes, expected {shard.bytes}"):
+        dataset.shard("nut", shard)
+    assert [path.suffix for path in (tmp_path / "cache/nut").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "long"])
+def test_a_manifest_in_a_folder_is_a_file_of_a_possible_size(
+    good: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Forgery(good).write(tmp_path / "out")
+    path = out / "nut/manifest.json"
+    path.unlink()
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        subprocess.run(["mkfifo", path], check=True)
+    else:
+        path.write_bytes(bytes(2000))
+        monkeypatch.setattr(shards.source, "MANIFEST_BYTES", 1999)
+    with pytest.raises(DataError, match=r"cannot be read \((no regular file|more than)"):
+        Dataset.open(out).manifest("nut")
+
+
+@curl
+def test_a_cache_that_cannot_be_written_is_one_sentence(host: Host, good: Path, tmp_path: Path) -> None:
+    address = Forgery(good).serve(host)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"train-000000.tar of [\d,]+ bytes cannot be written there .*data\.cache"):
+        use(address, tmp_path / "file")
+
+
+@curl
+@pytest.mark.parametrize(("status", "tries"), [(500, 2), (503, 2), (429, 2), (403, 1), (404, 1)])
+def test_a_server_in_trouble_is_asked_again_and_a_refusal_is_one(
+    host: Host, good: Path, status: int, tries: int
+) -> None:
+    address = Forgery(good).serve(host)
+    host.status = [status]
+    if tries == 1:
+        with pytest.raises(DataError, match=str(status)):
+            Dataset.open(address, retries=1)
+    else:
+        assert Dataset.open(address, retries=1).categories == ["nut"]
+    assert len(host.requests) == tries
+
+
+# --- credentials ---------------------------------------------------------------------------------------------------
+
+
+@curl
+@pytest.mark.parametrize("way", ["address", "environment", "netrc"])
+def test_credentials_reach_the_server_and_nothing_else(
+    host: Host, good: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.user = "alice:s3cr3t"
+    address = Forgery(good).serve(host)
+    commands: list[str] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **kw: (commands.extend(command), popen(command, **kw))[1])
+    with pytest.raises(DataError, match=r"HTTP error \(401\)"):
+        Dataset.open(address)
+    if way == "address":
+        address = host.address("alice:s3cr3t@")
+    elif way == "environment":
+        monkeypatch.setenv(VARIABLE, host.address("alice:s3cr3t@"))
+    else:
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home/.netrc").write_text("machine 127.0.0.1 login alice password s3cr3t\n")
+    host.shard = None
+    dataset = Dataset.open(address, cache=tmp_path / "cache", retries=0)
+    with pytest.raises(DataError) as caught:
+        dataset.shard("nut", dataset.manifest("nut").shards[0])
+    shown = str(caught.value) + repr(vars(dataset)) + " ".join(commands) + " ".join(tree_of(tmp_path / "cache"))
+    assert "404" in shown and "s3cr3t" not in shown and "alice" not in shown
+
+
+@curl
+def test_a_token_goes_behind_the_path_and_is_not_shown(host: Host, good: Path) -> None:
+    """R14: a signed address of a folder is signed for what is in it; schemes know no case."""
+    Forgery(good).serve(host)
+    dataset = Dataset.open(host.address().replace("http", "HTTP") + "/?sig=s3cr3t")
+    assert host.requests == ["/manifest.json?sig=s3cr3t"] and dataset.location == host.address()
+
+
+def test_an_error_of_a_driver_shows_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv(VARIABLE, "")
+
+    def fail(url: str, mode: str) -> None:
+        raise ValueError(f"cannot open {url}")
+
+    monkeypatch.setattr(fsspec, "open", fail)
+    with pytest.raises(DataError, match="cannot open") as caught:
+        Dataset.open("s3://key:s3cr3t@bucket/x")
+    chain = list(itertools.takewhile(bool, [caught.value, caught.value.__cause__]))
+    assert "s3cr3t" not in "".join(map(str, chain)) and caught.value.__suppress_context__
