@@ -298,9 +298,13 @@ def _build_all(
     """Build every plan; returns the problems. Locks on the building folders live in `stack`."""
     problems: list[str] = []
     building: dict[str, _Building] = {}
+    names = {path.parent.name.casefold(): path.parent.name for path in out.glob(f"*/{MANIFEST}")}
     for plan in plans:
         if name_problem := category_name_problem(plan.category):
             problems.append(name_problem)
+            continue
+        if (other := names.setdefault(plan.category.casefold(), plan.category)) != plan.category:
+            problems.append(f"category {plan.category}: only large and small letters tell it from {other}; rename one")
             continue
         category = _Building(plan, out, overwrite)
         state = category.published()

@@ -26,6 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shards.names import file_problem, quoted
+
 MANIFEST, PROGRESS, LATEST, QUARANTINE = "manifest.json", "progress.json", "latest", "quarantine"
 FORMAT = 1
 STEP = re.compile(r"step-\d{8,}")
@@ -222,9 +224,13 @@ def problems(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         entries = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         if content["format"] != FORMAT:
             return [f"{MANIFEST} has format {content['format']!r}; this version reads {FORMAT}"]
+        if not all(isinstance(e.bytes, int) and isinstance(e.sha256, str) for e in entries.values()):
+            return [f"{MANIFEST} has sizes that are no numbers, or hashes that are no text"]
+        if unusable := [f"{quoted(name)} {problem}" for name in entries if (problem := file_problem(name))]:
+            return [f"{MANIFEST} names a file that none can be: {unusable[0]}"]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing: incomplete, or of a version that wrote none"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST} cannot be read: {error}"]
     found = []
     if part == 0:

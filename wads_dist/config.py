@@ -23,13 +23,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from kernels.backend import Backend
+from shards.addresses import address_problem, bare, public, take_credentials
+from shards.names import category_problem, quoted
 
 
 class ConfigError(Exception):
     """A configuration that cannot be used. ``problems`` holds one line for each thing that is wrong, ``hint`` what may help."""
 
     def __init__(self, problems: Sequence[str], hint: str = "") -> None:
-        self.problems, self.hint = list(problems), hint
+        self.problems, self.hint = [public(problem) for problem in problems], hint  # they may show what was typed
         super().__init__("\n".join(self.problems))
 
 
@@ -64,7 +66,9 @@ class DataConfig(_Section):
         "Give this or data.shards; the one on the command line replaces the one in the file",
     )
     shards: str | None = Field(
-        None, description="shards already built: a folder, or an http(s):// or s3:// address of such a folder"
+        None,
+        description="shards already built: a folder, or an http(s):// or s3:// address of such a folder. Credentials in it are "
+        "used and never recorded; better are ~/.netrc and, in the environment, WADS_CREDENTIALS",
     )
     categories: Names = Field(["all"], description='categories to train, separated by commas, or "all"')
     cache: Path = Field(
@@ -113,7 +117,25 @@ class DataConfig(_Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"given more than once: {', '.join(repeated)}")
+        for name in names:
+            if name != "all" and (problem := category_problem(name)):
+                raise ValueError(f"no category is called {quoted(name)}: that {problem}")
         return names
+
+    @field_validator("root")
+    @classmethod
+    def _root_is_a_folder(cls, root: Path | None) -> Path | None:
+        if root is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(root)):
+            raise ValueError("is an address, and a folder of images is needed; addresses go to data.shards")
+        return root
+
+    @field_validator("shards", "textures")
+    @classmethod
+    def _address_has_no_credentials(cls, location: str | None) -> str | None:
+        # load_config has put them where those who fetch find them; an earlier version may have written them.
+        if location is not None and (problem := address_problem(location)):
+            raise ValueError(problem)
+        return None if location is None else bare(location)
 
 
 class SynthesisConfig(_Section):
@@ -491,6 +513,7 @@ its own default, not what the preset would make of it today."""
 BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse"}
 """What a file without these settings means that the software itself has written (a run's, a checkpoint's, a model's): it is
 older than they are, and was trained like this. A person's file gets the defaults."""
+ADDRESSES = ("data.shards", "data.textures")
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
@@ -518,7 +541,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
-    """Read the configuration from a command line (``sys.argv[1:]`` if None) and the file that it names.
+    """Read the configuration from a command line (``sys.argv[1:]`` if None) and the file that it names. Credentials in the
+    addresses of data go to the environment (``shards.addresses``), and nowhere else from here on.
 
     ``--config FILE`` names a TOML file; ``--section.field VALUE`` and ``--section.field=VALUE`` override it; a switch
     may stand alone (``--trainer.deterministic``); ``none`` clears a setting that may be absent. ``--local_rank``, which
@@ -558,6 +582,15 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
             )
         merged |= {path: value for path, value in layer.items() if path not in sections}
         origin |= dict.fromkeys(layer, source)
+    for path in ADDRESSES:
+        if isinstance(location := merged.get(path), str):
+            if problem := address_problem(location):
+                problems.append(f"{path}: {problem} ({origin[path]})")
+                del merged[path]
+            else:
+                # In a file that a run has written there may be old ones, of an earlier version.
+                recorded = resolved and origin[path] == str(file)
+                merged[path] = bare(location) if recorded else take_credentials(location)
     try:
         config = Config.model_validate(_nest(merged))
     except ValidationError as error:

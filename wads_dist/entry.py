@@ -12,6 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from shards.addresses import public
+from shards.names import printable
 from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.errors import EXPLAINED, RankLostError, exit_code
 
@@ -68,7 +70,7 @@ def main(action: Callable[[Config], int], argv: Sequence[str] | None = None, *, 
     except EXPLAINED as error:
         if first or isinstance(error, RankLostError):  # the first rank may be the one that is gone
             advice = "; the same command goes on from the last checkpoint" if resumes else ""
-            text = str(error) or f"interrupted{advice}"
+            text = printable(public(str(error))) or f"interrupted{advice}"
             console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
             console.print(text, style="red")
             if isinstance(error, ConfigError) and error.hint:

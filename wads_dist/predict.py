@@ -30,6 +30,7 @@ from torch import Tensor
 from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.images import load_image, to_rgb, upright
+from shards.names import category_problem, quoted
 from wads_dist.config import DataConfig, EvaluationConfig, ModelConfig
 from wads_dist.errors import ModelFileError, WadsError, is_out_of_memory
 from wads_dist.metrics import image_score
@@ -324,6 +325,7 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
             model = Wads(architecture, data.image_size)
         model.load_state_dict(state, assign=True)
         threshold = json.loads(header.get("threshold", "null"))
+        check_category(header["category"])
     except Exception as error:
         raise ModelFileError(
             f"{path}: not weights that this version of WADS-dist has written ({type(error).__name__}: {error})"
@@ -332,6 +334,14 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
         threshold = _read_threshold(beside, threshold)
     sizes = data.image_size, data.store_size, evaluation.score_window
     return model.eval(), Description(header["category"], *sizes, threshold), header
+
+
+def check_category(name: object) -> None:
+    """Raises ValueError if what a file says is its model's category cannot be one."""
+    if not isinstance(name, str):
+        raise ValueError(f"the category {name!r} is no text")
+    if problem := category_problem(name):
+        raise ValueError(f"the category {quoted(name)} {problem}")
 
 
 def _read_threshold(path: Path, of_training: dict[str, Any] | None) -> dict[str, Any]:
@@ -374,6 +384,7 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description]:
         session = onnxruntime.InferenceSession(path, providers=providers)
         content = json.loads(session.get_modelmeta().custom_metadata_map[DESCRIPTION])
         description = Description(**{name: content[name] for name in Description.__dataclass_fields__})
+        check_category(description.category)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}" if path.is_file() else "no such file"
         raise ModelFileError(f"{path}: not a model that launch/export.py has written ({problem})") from error

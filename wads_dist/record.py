@@ -1,15 +1,19 @@
 """A run's folder: the settings and the code it belongs to, and the summary of what is done."""
 
 import json
+import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from shards.errors import DataError
+from shards.names import RESERVED, text_problem, within
 from wads_dist.checkpoint import write_text
-from wads_dist.config import Config, config_difference, recorded_config
+from wads_dist.config import Config, ConfigError, config_difference, recorded_config
 from wads_dist.deepspeed_config import read_settings
 from wads_dist.errors import ExitCode, ResumeError
 from wads_dist.leases import METRICS, QUEUE, attempts_of
@@ -72,8 +76,10 @@ def check_run(config: Config, fingerprints: dict[str, str]) -> str:
 
     Raises:
         ResumeError: the folder's run has other settings, or finished categories of other data; shows them.
+        ConfigError: as ``refuse_links``.
     """
     folder = config.run.dir
+    refuse_links(folder, [*RESERVED, *fingerprints])
     record = folder / CONFIG
     settings = json.dumps(read_settings(config)[1], indent=1, sort_keys=True)
     for category, fingerprint in fingerprints.items():
@@ -104,6 +110,19 @@ def _recorded(path: Path) -> Config:
         ) from error
 
 
+def refuse_links(run: Path, names: Iterable[str]) -> None:
+    """Raises ConfigError if a link leads what is written below ``names`` in a run's folder out of that."""
+    try:
+        for name in names:
+            within(run, name)
+            for folder, below, files in os.walk(run / name):
+                for path in (Path(folder, entry) for entry in (*below, *files)):
+                    if path.is_symlink():
+                        within(run, *path.relative_to(run).parts)
+    except DataError as error:
+        raise ConfigError([f"run.dir: {error}"]) from error
+
+
 def check_fingerprint(metrics: Path, fingerprint: str) -> None:
     """Raises ResumeError if the numbers in ``metrics`` are of other data than ``fingerprint``'s."""
     if metrics.is_file() and (of := json.loads(metrics.read_text())["fingerprint"]) != fingerprint:
@@ -130,14 +149,15 @@ def record_summary(folder: Path, outcome: Outcome, categories: list[str], *, ove
 
     A launcher's exit code cannot be trusted (DeepSpeed's exits 0 after its inner process was killed); ``complete`` can.
     """
-    begun = sorted(path.name for path in (folder / QUEUE).glob("*") if path.is_dir())
+    begun = sorted(path.name for path in (folder / QUEUE).glob("*") if path.is_dir() and not text_problem(path.name))
     failed = {}
     for name in dict.fromkeys([*categories, *begun]):
         attempts = attempts_of(folder, name)
         if attempts and (end := attempts[-1].end) and end.code not in (ExitCode.OK, ExitCode.PREEMPTED):
             failed[name] = end.code
-    done = {path.parent.name for path in folder.glob(f"*/{METRICS}")}
-    summary = summarise(folder, {name: code for name, code in (failed | outcome.failed).items() if name not in done})
+    summary = summarise(folder, failed | outcome.failed)
+    done = summary["categories"].keys()
+    summary["failed"] = {name: code for name, code in summary["failed"].items() if name not in done}
     missing = [name for name in dict.fromkeys([*categories, *begun]) if name not in done]
     summary |= {
         "complete": over and not missing,
@@ -150,7 +170,7 @@ def record_summary(folder: Path, outcome: Outcome, categories: list[str], *, ove
 
 def summarise(run: Path, failed: dict[str, int]) -> dict[str, Any]:
     """``metrics.json`` of every category the run has finished so far, by whichever command, and their mean."""
-    paths = sorted(run.glob(f"*/{METRICS}"))
+    paths = sorted(path for path in run.glob(f"*/{METRICS}") if not text_problem(path.parent.name))
     categories = {path.parent.name: json.loads(path.read_text()) for path in paths}
     return {"categories": categories, "mean": mean_of(list(categories.values())), "failed": failed}
 

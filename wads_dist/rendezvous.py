@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from shards.addresses import public
 from wads_dist.errors import LaunchError, PreemptedError, RankLostError, WadsError, exit_code
 from wads_dist.pulse import BEAT_SECONDS, Standing
 
@@ -36,7 +37,7 @@ def launch_identity() -> str:
     words = [word for word in sys.argv if not word.startswith("--local_rank")]
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     started_by = [f"by {os.getppid()}"] if size == os.environ.get("WORLD_SIZE") else []
-    return shlex.join([*words, *started_by])
+    return public(shlex.join([*words, *started_by]))
 
 
 class Line:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.addresses import public
 from wads_dist import paper
 from wads_dist.history import History, read_history
 from wads_dist.leases import Attempt, attempts_of
@@ -173,7 +174,7 @@ def read_run(run: Path) -> RunRecord:
     files = {}
     for name in FILES:
         with suppress(OSError, UnicodeDecodeError):
-            files[name] = (run / name).read_text()
+            files[name] = public((run / name).read_text())  # an earlier version may have written credentials there
     return RunRecord(status, categories, files, launches(run))
 
 

@@ -12,7 +12,7 @@ from wads_dist.distributed import Ranks
 from wads_dist.errors import ExitCode, ModelFileError, ResumeError
 from wads_dist.evaluate import evaluate, load_model, trained_config
 from wads_dist.leases import METRICS
-from wads_dist.record import CONFIG, FREE_TO_CHANGE, Outcome, check_fingerprint
+from wads_dist.record import CONFIG, FREE_TO_CHANGE, Outcome, check_fingerprint, refuse_links
 from wads_dist.results import save_results
 from wads_dist.run import chosen_categories, conclude, locate_shards
 
@@ -23,6 +23,7 @@ def evaluate_run(config: Config) -> int:
     Raises:
         ModelFileError, ResumeError: a category that was named has no weights, or was trained with other settings or on other
             data; nothing is rewritten then.
+        ConfigError: as ``refuse_links``.
     """
     config.require_data()
     dataset = Dataset.open(locate_shards(config), cache=config.data.cache)
@@ -33,6 +34,7 @@ def evaluate_run(config: Config) -> int:
     if not categories:
         raise ModelFileError(f"{config.run.dir}: no category has finished training; run launch/train.py first")
     settings = {category: scoring_settings(config.run.dir / category, config) for category in categories}
+    refuse_links(config.run.dir, categories)
     for category in categories:
         check_fingerprint(config.run.dir / category / METRICS, dataset.manifest(category).fingerprint)
     for category, of in settings.items():

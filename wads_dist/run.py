@@ -7,6 +7,7 @@ that dies ends its peers, and its category is tried again from its last checkpoi
 
 import hashlib
 import json
+import os
 import secrets
 import sys
 import time
@@ -18,7 +19,8 @@ from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 
 from shards.build import build
-from shards.errors import DataError
+from shards.errors import DataError, DataProblems
+from shards.names import text_problem
 from shards.source import Dataset
 from wads_dist.categories import LOG, Plan, work
 from wads_dist.checkpoint import write_text
@@ -248,12 +250,24 @@ def built_location(config: Config) -> Path:
     """Where the shards of ``data.root`` are, or will be."""
     assert config.data.root is not None
     root = config.data.root.resolve()
-    return config.data.cache / "built" / f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
+    name = "images" if text_problem(root.name) else root.name
+    return config.data.cache / "built" / f"{name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:8]}"
 
 
 def chosen_categories(config: Config, dataset: Dataset) -> list[str]:
     """The categories to train, in the order given (``all``: in the data set's)."""
-    names = list(dataset.categories if config.data.categories == ["all"] else config.data.categories)
+    everything = config.data.categories == ["all"]
+    problems = []
+    # What the index says of a category (its kind, its numbers of images) is checked with that one's own manifest.
+    for name in dataset.index.categories if everything else config.data.categories:
+        try:
+            if name in dataset.index.categories:
+                dataset.manifest(name)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataProblems(problems)
+    names = list(dataset.categories if everything else config.data.categories)
     missing = [c for c in names if c not in dataset.categories]
     if missing:
         raise DataError(

@@ -23,6 +23,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
+from shards.names import text_problem
 from wads_dist.leases import METRICS, QUEUE, Attempt, attempts_of
 
 State = Literal["running", "waiting", "failed", "stopped", "lost", "done"]
@@ -233,7 +234,12 @@ class RunReader:
         names = next(reversed(launches(self.run).values()), {}).get("categories", [])
         traces = {path.parent.name for name in (EVENTS, METRICS) for path in self.run.glob(f"*/{name}")}
         traces |= {path.name for path in self.run.glob(f"{QUEUE}/*")} | {*summary.get("missing", ())}
-        return [*names, *sorted(traces - set(names))]
+        # They become paths, and the log and the summary may have been changed.
+        return [
+            name
+            for name in [*names, *sorted({str(name) for name in traces} - {*map(str, names)})]
+            if isinstance(name, str) and not text_problem(name)
+        ]
 
     def _category(self, name: str, failed: int | None, now: float, lost_after: float) -> CategoryStatus:
         """``failed``: the code in the summary, for a category that failed without an attempt."""

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from shards.addresses import public
 from wads_dist import slurm
 from wads_dist.checkpoint_files import steps, write_text
 from wads_dist.config import ConfigError
@@ -83,8 +84,8 @@ def sweep(
 
 
 def command_line() -> str:
-    """What a person has typed to start this."""
-    return shlex.join(["python", *sys.argv])
+    """What a person has typed to start this, without credentials."""
+    return public(shlex.join(["python", *sys.argv]))
 
 
 def show_plan(plan: Sweep, options: slurm.JobOptions | None, as_json: bool) -> None:

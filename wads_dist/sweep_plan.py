@@ -18,6 +18,7 @@ from typing import Any
 
 from shards.files import locked
 from shards.layout import find_categories
+from shards.names import category_problem, quoted, text_problem
 from shards.source import Dataset
 from wads_dist.checkpoint_files import write_text
 from wads_dist.config import Config, ConfigError, config_difference, load_config
@@ -28,6 +29,9 @@ from wads_dist.record import FREE_TO_CHANGE, code_version
 from wads_dist.run import chosen_categories, locate_shards
 
 RECORD, CONFIGS, ENDED, LOCK = "sweep.json", "configs", "ended", ".lock"
+# What else lies beside the runs.
+TAKEN = frozenset({RECORD, CONFIGS, ENDED, "logs", "slurm", "summary.json", "ablations.md", "ablations.json"})
+FOLDER = re.compile(r"[\w.+-]+")
 LONE = "run"
 SEED = "trainer.seed"
 # Decided by the sweep itself.
@@ -116,6 +120,12 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
+def run_problem(name: str) -> str | None:
+    """Why ``name`` cannot name a run's folder in that of a sweep; None if it can."""
+    taken = name.casefold() in TAKEN
+    return text_problem(name, 240) or ("is the name of something else in a sweep's folder" if taken else None)
+
+
 def read_variants(path: Path, only: str | None = None) -> dict[str, dict[str, str]]:
     """A TOML file with a table for each variant, of the settings that it changes: name → path → value.
 
@@ -138,7 +148,11 @@ def read_variants(path: Path, only: str | None = None) -> dict[str, dict[str, st
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError([f"--variants {path}: {error}"]) from None
     problems = [f"--variants {path}: {n} is no table of settings" for n, v in tables.items() if not isinstance(v, dict)]
-    problems += [f"--variants {path}: {n!r} cannot name a folder" for n in tables if not re.fullmatch(r"[\w.+-]+", n)]
+    problems += [
+        f"--variants {path}: {quoted(n)} cannot name a folder"
+        for n in tables
+        if run_problem(n) or not FOLDER.fullmatch(n)
+    ]
     if problems or not tables:
         raise ConfigError(problems or [f"--variants {path}: holds no variant"])
     variants = {name: dict(flat(table)) for name, table in tables.items()}
@@ -192,6 +206,8 @@ def plan_runs(
                 config = load_config([*point, f"--{SEED}={seed}"])
                 config.require_data()
                 deepspeed_config(config, config.parallel.ranks_per_category or 1)
+                if problem := run_problem(_name(config, fields, variant)):
+                    problems.append(f"--grid: the name of a run {problem}; give fewer or shorter values")
                 if (name := _name(config, fields, variant)) in planned:
                     problems.append(f"--grid: two runs would be {name}")
                 planned[name] = _name(config, list(grid), variant), config
@@ -297,11 +313,16 @@ def load(out: Path) -> Sweep:
     """The sweep as recorded.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it holds what cannot be a name.
     """
     values = read_record(out)
     if not values["runs"]:
         raise ConfigError([f"{out}: no {RECORD} there, so no sweep"])
+    names = {run_problem(entry["name"]) for entry in values["runs"]}
+    names |= {category_problem(name) for entry in values["runs"] for name in entry["categories"]}
+    names |= {category_problem(name) for _, name in values["tasks"]}
+    if problems := sorted(filter(None, names)):
+        raise ConfigError([f"{out / RECORD}: a name in it {problem}" for problem in problems])
     runs = [Run(**entry, config=_recorded(out, entry["name"])) for entry in values["runs"]]
     return Sweep(out, runs, [tuple(task) for task in values["tasks"]], values["starts"][-1]["ranks"])
 

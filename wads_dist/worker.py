@@ -24,11 +24,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from kernels.philox import shuffled
+from shards.addresses import public
+from shards.names import category_problem, printable, quoted
 from shards.source import Dataset
 from shards.verify import open_category
 from wads_dist import checkpoint, validation
 from wads_dist.batch_probe import find_batch_size
-from wads_dist.config import Config, load_config
+from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.data import TrainingData, TrainingSplit, rank_samples
 from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
@@ -38,6 +40,7 @@ from wads_dist.guards import Requests, slowness
 from wads_dist.host_memory import keep_freed_memory
 from wads_dist.leases import METRICS, still_held
 from wads_dist.pulse import Pulse
+from wads_dist.record import refuse_links
 from wads_dist.results import save_results
 from wads_dist.signals import StopRequest, worker_signals
 from wads_dist.status import EVENTS
@@ -270,6 +273,12 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     ranks.barrier()
 
 
+def category(text: str) -> str:
+    if problem := category_problem(text):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} {problem}")
+    return text
+
+
 def holds(lease: Path | None) -> bool:
     return lease is None or still_held(lease)
 
@@ -289,7 +298,7 @@ def require_lease(lease: Path | None, ranks: Ranks) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--category", required=True)
+    parser.add_argument("--category", required=True, type=category)
     parser.add_argument("--shards", required=True, help="location of the shards")
     parser.add_argument("--config", required=True, help="the launch's configuration")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of this rank")
@@ -303,6 +312,11 @@ def main() -> int:
     if arguments.cores:
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
     rank = int(os.environ.get("RANK", 0))
+    try:
+        refuse_links(arguments.run, [arguments.category])
+    except ConfigError as error:
+        print(f"{arguments.category}, rank {rank}: {error}", file=sys.stderr)
+        return exit_code(error)
     folder = arguments.run / arguments.category
     folder.mkdir(parents=True, exist_ok=True)
     stacks = folder / f"stacks-rank-{rank:05d}.txt"
@@ -315,11 +329,12 @@ def main() -> int:
             say(f"{arguments.category}: {error}")
         return error.exit_code
     except Exception as error:
+        text = printable(public(str(error)))
         with contextlib.suppress(OSError):  # for the lease's end; any rank may be the one that knows
-            Events(folder, True).write("failed", rank=rank, reason=str(error) or type(error).__name__)
+            Events(folder, True).write("failed", rank=rank, reason=text or type(error).__name__)
         if not isinstance(error, EXPLAINED):
             raise
-        print(f"{arguments.category}, rank {rank}: {error}", file=sys.stderr)
+        print(f"{arguments.category}, rank {rank}: {text}", file=sys.stderr)
         return exit_code(error)
     finally:
         stacks.unlink(missing_ok=True)

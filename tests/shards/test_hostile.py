@@ -3,17 +3,14 @@
 Seconds by default; `pytest -m long` goes on for minutes with other seeds.
 """
 
-import base64
 import copy
 import hashlib
-import http.server
 import itertools
 import json
 import random
 import resource
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,53 +22,10 @@ from shards import DataError, Dataset, build, verify
 from shards.addresses import VARIABLE
 from shards.verify import open_category
 from tests.shards.conftest import make_category
+from tests.shards.host import Host, serving
 
 curl = pytest.mark.skipif(shutil.which("curl") is None, reason="http needs curl")
 Tree = Any
-
-
-class Host(http.server.ThreadingHTTPServer):
-    """Answers with `files` (path → bytes), with `shard` whatever else is asked for; with `user`, only who logs in."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.shard: bytes | None = b""
-        self.user = ""
-        self.status: list[int] = []
-        self.endless = False
-        self.requests: list[str] = []
-        super().__init__(("127.0.0.1", 0), Answer)
-
-    def address(self, user: str = "") -> str:
-        return f"http://{user}127.0.0.1:{self.server_address[1]}"
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    server: Host
-
-    def do_GET(self) -> None:
-        self.server.requests.append(self.path)
-        given = self.headers.get("Authorization", "")
-        if self.server.user and given != "Basic " + base64.b64encode(self.server.user.encode()).decode():
-            return self.send_error(401)
-        if self.server.status:
-            return self.send_error(self.server.status.pop())
-        data = self.server.files.get(self.path.partition("?")[0], self.server.shard)
-        if data is None:
-            return self.send_error(404)
-        self.send_response(200)
-        self.end_headers()
-        try:
-            self.wfile.write(data)
-            while self.server.endless:
-                self.wfile.write(bytes(1 << 16))
-        except OSError:
-            pass  # who asked has had enough
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -80,13 +34,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv(VARIABLE, "")
-    with Host() as host:
-        thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving() as host:
         yield host
-        host.endless = False
-        host.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")

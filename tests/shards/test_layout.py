@@ -1,10 +1,12 @@
 """What is found in a folder, and how every kind of bad input is named."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from shards import DataError, DataProblems, Dataset, build, build_textures
+from shards.__main__ import main
 from tests.shards.conftest import make_category, picture, save, square_mask
 
 
@@ -168,3 +170,41 @@ def test_all_problems_are_named_in_one_pass(root: Path, tmp_path: Path) -> None:
 def test_category_name_must_be_a_file_name(root: Path, tmp_path: Path) -> None:
     (root / "nut").rename(root / "my nut?")
     assert "not usable as a file name" in problems_of(root, tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize("name", ["queue", "LOG", "all", "manifest.json"])
+def test_category_name_must_not_be_taken(root: Path, tmp_path: Path, name: str) -> None:
+    (root / "nut").rename(root / name)
+    assert problems_of(root, tmp_path / "out")[0].startswith(
+        f"category '{name}': not usable as a file name, stands for"
+    )
+
+
+def test_categories_must_differ_where_case_does_not_count(root: Path, tmp_path: Path) -> None:
+    (root / "nut").rename(root / "Bolt")
+    assert problems_of(root, tmp_path / "out") == [
+        "category bolt: only large and small letters tell it from Bolt; rename one"
+    ]
+    assert Dataset.open(tmp_path / "out").categories == ["Bolt"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["nut/train/good/Pr\udcfcf.jpg", "nut/test/Pr\udcfcf", "nut/ground_truth/scratch/Pr\udcfcf_mask.png", "Pr\udcfcf"],
+    ids=["image", "defect", "mask", "category"],
+)
+def test_a_name_that_is_not_utf8_is_named(root: Path, tmp_path: Path, path: str, capsys) -> None:
+    """R8: zip archives from Windows."""
+    there = {"nut/train/good": "000.jpg", "nut/test": "scratch", "nut/ground_truth/scratch": "000_mask.png", ".": "nut"}
+    old = root / Path(path).parent / there[str(Path(path).parent)]
+    os.rename(old, root / path)
+    assert main(["build", "--root", str(root), "--out", str(tmp_path / "out"), "--workers", "1"]) == 3
+    said = capsys.readouterr().err
+    assert "Pr\\udcfcf" in said and "not UTF-8" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bolt", "manifest.json"]
+
+
+def test_a_kind_of_defect_must_not_steer_a_terminal(root: Path, tmp_path: Path) -> None:
+    save(picture(9), root / "nut/test/a\x1b[2Jb/000.png")
+    problems = problems_of(root, tmp_path / "out")
+    assert len(problems) == 1 and problems[0].startswith("nut/test/a\\x1b[2Jb: the name of this kind of defect holds")

@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
+from tests.shards.host import serving
 from wads_dist.categories import Plan
 from wads_dist.config import Config, load_config
 from wads_dist.entry import main
@@ -100,16 +101,24 @@ def started(run: Path, event: str, arguments: list[str]) -> "subprocess.Popen[by
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(demo_shards: Path, tmp_path: Path) -> None:
-    """Weights, BatchNorm buffers and moving average of a run killed between checkpoints, against the unbroken run's."""
+    """Weights, BatchNorm buffers and moving average of a run killed between checkpoints, against the unbroken run's. The killed
+    one is of a server that asks for a password, which it was given and has written nowhere."""
     options = ["--data.categories", "demo_biscuit", "--checkpoint.every_steps", "2", "--trainer.ema", "0.9"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert launch(command(demo_shards, whole, *options)).returncode == 0
-    process = started(broken, "checkpoint", command(demo_shards, broken, *options))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (broken / "demo_biscuit" / "metrics.json").exists()
-    resumed = launch(command(demo_shards, broken, *options))
+    with serving(demo_shards) as host:
+        host.user = "alice:s3cr3t"
+        remote = ["--data.shards", host.address("alice:s3cr3t@"), "--data.cache", str(tmp_path / "cache")]
+        process = started(broken, "checkpoint", command(demo_shards, broken, *options, *remote))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (broken / "demo_biscuit" / "metrics.json").exists()
+        resumed = launch(command(demo_shards, broken, *options, *remote))
     assert resumed.returncode == 0 and "resumed at sample" in resumed.stdout
+    written = [path for folder in (broken, tmp_path / "cache") for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 20 and (broken / "report.html") in written
+    assert [path for path in written if b"s3cr3t" in path.read_bytes() or b"alice" in path.read_bytes()] == []
+    assert "s3cr3t" not in resumed.stdout + resumed.stderr
     a, b = (load_file(run / "demo_biscuit" / "weights.safetensors") for run in (whole, broken))
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
     ids = [e["samples"] for e in events(broken, "demo_biscuit") if e["event"] in ("start", "resume")]

@@ -401,6 +401,16 @@ def test_names_are_text_not_markup(run: Run) -> None:
     assert "c[red]" in text_of(read_status(run.folder)) and "[bold]h" in text_of(read_status(run.folder))
 
 
+def test_a_name_that_leads_elsewhere_or_steers_a_terminal_is_no_category(run: Run) -> None:
+    run.attempt("c")
+    for name in (".git", "c\x1b[2J", "c\u202e"):
+        run.attempt(name)
+    listed = {"event": "launch", "time": 1.0, "categories": ["../../x", "/etc", 3, "c"]}
+    run.lines("log/a/rank-00000.jsonl", listed)
+    (run.folder / "summary.json").write_text(json.dumps({"missing": ["../x", "d"]}))
+    assert [c.name for c in read_status(run.folder).categories] == ["c", "d"]
+
+
 # --- live --------------------------------------------------------------------------------------------------------
 
 

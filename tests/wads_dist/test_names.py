@@ -1,0 +1,253 @@
+"""Names and addresses from outside, as runs, models and sweeps read and write them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shards.addresses import VARIABLE, with_credentials
+from shards.names import RESERVED
+from tests.wads_dist.test_run import SMALL, command
+from wads_dist import categories, leases, record, report, run
+from wads_dist.checkpoint_files import problems
+from wads_dist.config import ConfigError, config_difference, load_config
+from wads_dist.deepspeed_config import with_monitors
+from wads_dist.entry import main
+from wads_dist.errors import ExitCode, ModelFileError
+from wads_dist.evaluate import save_weights
+from wads_dist.models import Wads
+from wads_dist.predict import load_weights
+from wads_dist.record import Outcome, open_run, record_summary, refuse_links
+from wads_dist.run import train_run
+from wads_dist.sweep import command_line
+from wads_dist.sweep_plan import RECORD, TAKEN, load, plan_runs, read_variants
+
+WITH, WITHOUT = "https://alice:s3cr3t@host.example/mvtec?sig=t0ken", "https://host.example/mvtec"
+BANK = "https://alice:s3cr3t@host.example/banks/textures?sig=t0ken&v=2"
+SECRETS = ("alice", "s3cr3t", "t0ken")
+
+
+@pytest.fixture(autouse=True)
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_writes_beside_its_categories_is_reserved() -> None:
+    written = {
+        record.CONFIG,
+        record.DEEPSPEED,
+        record.SUMMARY,
+        record.CODE,
+        leases.QUEUE,
+        categories.LOG,
+        report.REPORT,
+    }
+    monitors = with_monitors({"csv_monitor": {"enabled": True}}, Path("run"), "nut")
+    assert written | {Path(monitors["csv_monitor"]["output_path"]).name} <= RESERVED
+
+
+@pytest.mark.parametrize(
+    "name", ["../nut", "queue", "Log", "nut/..", ".nut", "nut\x1b[2J", "n\u202eut", "-nut", "n" * 201]
+)
+def test_a_category_that_cannot_be_one_is_refused_on_the_command_line(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.categories: got .*no category is called") as caught:
+        load_config(["--data.categories", name])
+    assert "\x1b" not in str(caught.value) and "\u202e" not in str(caught.value)
+
+
+def test_a_category_from_a_manifest_that_leads_out_of_the_run_ends_it(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F2: exit code 3, and nothing is made."""
+    out = tmp_path / "shards"
+    out.mkdir()
+    text = (demo_shards / "manifest.json").read_text()
+    (out / "manifest.json").write_text(text.replace("demo_biscuit", "../evilcat"))
+    assert main(train_run, command(out, tmp_path / "run")) == ExitCode.BAD_DATA
+    assert "'../evilcat' holds a separator" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_an_index_that_says_something_else_than_its_category_ends_the_run(
+    demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """F27, before anything is started: a category hidden as a texture bank would be left out, for one."""
+    out = tmp_path / "shards"
+    out.mkdir()
+    for folder in (path for path in demo_shards.iterdir() if path.is_dir()):
+        (out / folder.name).symlink_to(folder)
+    index = json.loads((demo_shards / "manifest.json").read_text())
+    index["categories"]["demo_leafplate"]["kind"] = "textures"
+    (out / "manifest.json").write_text(json.dumps(index))
+    assert main(train_run, command(out, tmp_path / "run")) == ExitCode.BAD_DATA
+    assert "demo_leafplate/manifest.json: not the category that" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("link", ["nut", "queue", "nut/checkpoints", "nut/events.jsonl", "monitor"])
+def test_a_link_out_of_the_runs_folder_is_refused(tmp_path: Path, link: str) -> None:
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    config = load_config(["--run.dir", str(folder)])
+    open_run(config, {"nut": "0" * 64})
+    path = folder / link
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(outside if "." not in link else outside / "events.jsonl")
+    with pytest.raises(ConfigError, match=rf"run\.dir: .*{path.name}: leads out of"):
+        open_run(config, {"nut": "0" * 64})
+    assert list(outside.iterdir()) == []
+
+
+def test_links_within_the_runs_folder_and_to_it_are_none_of_these(tmp_path: Path) -> None:
+    (tmp_path / "disk/nut/checkpoints").mkdir(parents=True)
+    (tmp_path / "disk/nut/last").symlink_to("checkpoints")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    refuse_links(tmp_path / "run", [*RESERVED, "nut"])
+
+
+def test_a_summary_knows_only_what_can_be_a_name(tmp_path: Path) -> None:
+    for name in ("nut", "nut\x1b[2J"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+        (tmp_path / "queue" / name).mkdir(parents=True)
+    assert record_summary(tmp_path, Outcome(), [], over=True)["categories"] == {"nut": {}}
+
+
+@pytest.mark.parametrize("name", ["../nut", "queue", "nut\x1b]0;x\x07"])
+def test_a_models_category_is_a_name_too(tmp_path: Path, name: str) -> None:
+    config = load_config(SMALL)
+    save_weights(Wads(config.model, 64).state_dict(), tmp_path, config, name)
+    with pytest.raises(ModelFileError, match="the category '") as caught:
+        load_weights(tmp_path)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"../../etc/passwd": {"bytes": 1, "sha256": "0"}},
+        {"/etc/passwd": {"bytes": 1, "sha256": "0"}},
+        {"a\0b": {"bytes": 1, "sha256": "0"}},
+        {"progress.json": {"bytes": "123", "sha256": "0"}},
+    ],
+    ids=["dots", "absolute", "zero byte", "type"],
+)
+def test_a_checkpoint_that_names_what_is_not_in_it_is_damaged(tmp_path: Path, files: dict[str, object]) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    assert len(problems(tmp_path)) == 1
+
+
+def test_a_checkpoint_manifest_without_an_end_to_its_brackets_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    assert "cannot be read" in problems(tmp_path)[0]
+
+
+@pytest.mark.parametrize("name", [*sorted(TAKEN), "..", ".x", "Logs"])
+def test_a_variant_of_a_sweep_has_no_name_of_something_else(tmp_path: Path, name: str) -> None:
+    (tmp_path / "variants.toml").write_text(f'["{name}"]\n"trainer.seed" = 1')
+    with pytest.raises(ConfigError, match="cannot name a folder"):
+        read_variants(tmp_path / "variants.toml")
+
+
+@pytest.mark.parametrize("where", ["run", "category", "task"])
+def test_a_sweeps_record_is_read_as_input(tmp_path: Path, where: str) -> None:
+    names = {"run": "run", "category": "nut", "task": "nut"} | {where: "../x"}
+    entry = {"name": names["run"], "point": "run", "settings": {}, "categories": [names["category"]]}
+    values = {"starts": [{"ranks": 1}], "jobs": [], "runs": [entry], "tasks": [["run", names["task"]]]}
+    (tmp_path / RECORD).write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="a name in it holds a separator"):
+        load(tmp_path)
+
+
+# --- addresses -----------------------------------------------------------------------------------------------------
+
+
+def shown(folder: Path) -> bytes:
+    return b"\n".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def clean(*texts: object) -> bool:
+    joined = "\n".join(text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in texts)
+    return not any(secret in joined for secret in SECRETS)
+
+
+def test_credentials_of_an_address_are_used_and_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F4: configuration, weights, report, a sweep's record; and what children get on their command lines."""
+    folder = tmp_path / "run"
+    config = load_config(["--run.dir", str(folder), "--data.shards", WITH, "--data.textures", BANK, *SMALL])
+    assert config.data.shards == WITHOUT and clean(config, repr(config), config.to_toml())
+    open_run(config, {})
+    (folder / "nut").mkdir()
+    save_weights({"a": torch.zeros(1)}, folder / "nut", config, "nut")
+    report.write_report(folder)
+    monkeypatch.setattr(sys, "argv", ["launch/sweep.py", "--data.shards", WITH])
+    assert clean(shown(folder), command_line()) and WITHOUT.encode() in shown(folder)
+    assert with_credentials(f"{WITHOUT}/nut/x.tar") == "https://alice:s3cr3t@host.example/mvtec/nut/x.tar?sig=t0ken"
+
+
+def test_other_credentials_are_no_other_settings(tmp_path: Path) -> None:
+    textures = "https://{}host.example/bank/textures"
+    config = load_config(["--run.dir", str(tmp_path), "--data.textures", textures.format("alice:s3cr3t@")])
+    open_run(config, {})
+    again = load_config(["--run.dir", str(tmp_path), "--data.textures", textures.format("bob:n3w@")])
+    open_run(again, {})
+    assert config_difference(config, again) == []
+    assert with_credentials(textures.format("")) == textures.format("bob:n3w@")
+
+
+def test_what_an_earlier_version_has_written_is_shown_no_more(tmp_path: Path) -> None:
+    config = load_config(["--run.dir", str(tmp_path), *SMALL])
+    old = config.to_toml().replace("[data]", f'[data]\nshards = "{WITH}"')
+    (tmp_path / "config.toml").write_text(old)
+    report.write_report(tmp_path)
+    assert clean((tmp_path / "report.html").read_bytes())
+    assert load_config(["--config", str(tmp_path / "config.toml")]).data.shards == WITHOUT
+    assert os.environ[VARIABLE] == ""  # a run's record of a password that has changed since
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data.shards", WITH, "--trainer.seed", "x"],
+        ["--data.shards", "http://alice:s3cr3t t0ken@host"],
+        ["--data.shards", "http://alice:s3cr3t@host/\n"],
+        ["--data.root", WITH],
+        ["--data.shards", WITH, "--data.root", "x"],
+        ["--data.shard", WITH],
+        [WITH],
+        ["--data", WITH],
+    ],
+)
+def test_no_error_shows_credentials(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(lambda config: 0, arguments) == ExitCode.BAD_CONFIG
+    assert clean(capsys.readouterr().err)
+
+
+def test_a_sweep_over_an_address_plans_it_without_credentials(
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wads_dist.sweep_plan._locate", lambda config, build: (config.data.shards, ["nut"]))
+    runs = plan_runs(tmp_path, ["--data.shards", WITH, *SMALL], {}, None, build=True)
+    assert [run.config.data.shards for run in runs] == [WITHOUT] and clean(runs)
+
+
+def test_the_folder_of_built_shards_may_come_of_any_name(tmp_path: Path) -> None:
+    for name in (os.fsdecode(b"Pr\xfcf"), "n" * 255, "plain"):
+        config = load_config(["--data.cache", str(tmp_path)])
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": tmp_path / name})})
+        built = run.built_location(config)
+        built.mkdir(parents=True)
+        assert (name == "plain") == built.name.startswith("plain-")
+
+
+def test_an_error_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(lambda config: 0, ["--\x1b[2J", "1"]) == ExitCode.BAD_CONFIG
+    assert "\x1b[2J" not in capsys.readouterr().err
