@@ -268,6 +268,8 @@ def chosen_categories(config: Config, dataset: Dataset) -> list[str]:
     if problems:
         raise DataProblems(problems)
     names = list(dataset.categories if everything else config.data.categories)
+    if not names:
+        raise DataError(f"{dataset.location}: holds no category of images; build some into it")
     missing = [c for c in names if c not in dataset.categories]
     if missing:
         raise DataError(

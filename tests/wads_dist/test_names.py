@@ -1,5 +1,6 @@
 """Names and addresses from outside, as runs, models and sweeps read and write them."""
 
+import hashlib
 import json
 import os
 import sys
@@ -88,6 +89,13 @@ def test_an_index_that_says_something_else_than_its_category_ends_the_run(
     assert main(train_run, command(out, tmp_path / "run")) == ExitCode.BAD_DATA
     assert "demo_leafplate/manifest.json: not the category that" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_without_a_category_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = {"version": 1, "categories": {}, "fingerprint": hashlib.sha256(b"{}").hexdigest()}
+    (tmp_path / "manifest.json").write_text(json.dumps(empty))
+    assert main(train_run, command(tmp_path, tmp_path / "run")) == ExitCode.BAD_DATA
+    assert "holds no category of images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("link", ["nut", "queue", "nut/checkpoints", "nut/events.jsonl", "monitor"])
