@@ -44,7 +44,7 @@ from shards.manifest import (
     write_dataset_manifest,
 )
 from shards.names import within
-from shards.samples import EncodedSample, SampleSource, sidecar
+from shards.samples import USUAL_SIZE, EncodedSample, SampleSource, sidecar
 
 
 @dataclass
@@ -61,7 +61,9 @@ class CategoryPlan:
     def digest(self) -> str:
         """Hash of inputs and options: the identity by which a build is resumed or found up to date."""
         samples = [sample.identity() for sample in self.samples]
-        content = [VERSION, self.category, self.kind, self.shard_mb, self.resize, samples]
+        # Before masks were resized by area, and images upright, the size alone stood here: those shards hold other pixels.
+        resized = self.resize and [self.resize, "area", "upright"]
+        content = [VERSION, self.category, self.kind, self.shard_mb, resized, samples]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
     def tasks(self, folder: Path) -> list["ShardTask"]:
@@ -131,15 +133,24 @@ class _HashingWriter(io.RawIOBase):
         return self.position
 
 
-def write_shard(task: ShardTask) -> ShardEntry | list[str]:
+@dataclass(frozen=True)
+class Written:
+    """A shard, and how many components of its masks are smaller than a pixel (`EncodedSample.small`)."""
+
+    entry: ShardEntry
+    small: int
+
+
+def write_shard(task: ShardTask) -> Written | list[str]:
     """Read, check and write the samples of one shard; runs in a worker process.
 
     Returns:
-        The shard's entry; or, where samples are bad, all of their problems, and then no file is left.
+        What was written; or, where samples are bad, all of their problems, and then no file is left.
     """
     temporary = task.folder / f".{task.name}.{os.getpid()}.tmp"
     entries: list[SampleEntry] = []
     problems: list[str] = []
+    small = 0
     try:
         with open(temporary, "wb") as stream:
             writer = _HashingWriter(stream)
@@ -153,6 +164,7 @@ def write_shard(task: ShardTask) -> ShardEntry | list[str]:
                         continue
                     if not problems:
                         entries.append(_add_sample(tar, writer, sample, encoded))
+                        small += encoded.small
             stream.flush()
             os.fsync(stream.fileno())
         if problems:
@@ -160,7 +172,7 @@ def write_shard(task: ShardTask) -> ShardEntry | list[str]:
         entry = ShardEntry(name=task.tar.name, sha256=writer.sha256.hexdigest(), bytes=writer.position, samples=entries)
         os.replace(temporary, task.tar)
         write_atomically(task.entry, entry.to_json())
-        return entry
+        return Written(entry, small)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -328,8 +340,9 @@ def _build_all(
         _finish(category, out, bars)
     for task, result in _run(pending, workers):
         category = building[task.category]
-        if isinstance(result, ShardEntry):
-            category.entries[task.name] = result
+        if isinstance(result, Written):
+            category.entries[task.name] = result.entry
+            category.small += result.small
         else:
             category.failed[task.name] = result
         bars.advance(bar, len(task.samples))
@@ -350,6 +363,7 @@ def _finish(category: "_Building", out: Path, bars: Progress) -> None:
     size = sum(shard.bytes for shard in manifest.shards) / (1 << 20)
     bars.console.print(
         f"{manifest.category}: {sum(manifest.counts.values())} samples in {len(manifest.shards)} shards, {size:.1f} MiB"
+        + category.small_components()
     )
 
 
@@ -366,6 +380,8 @@ class _Building:
         self.tasks = plan.tasks(self.folder)
         self.entries: dict[str, ShardEntry] = {}
         self.failed: dict[str, list[str]] = {}
+        self.small = 0
+        self.resumed = False
         self.done = False
 
     def published(self) -> str | None:
@@ -397,6 +413,15 @@ class _Building:
         for task in self.tasks:
             if entry := task.finished():
                 self.entries[task.name] = entry
+        self.resumed = bool(self.entries)
+
+    def small_components(self) -> str:
+        """The end of a sentence about marks that a network of few pixels hardly sees; "" if there are none."""
+        if not self.small:
+            return ""
+        size = f"{self.plan.resize}²" if self.plan.resize else f"{USUAL_SIZE}², the usual size to score at"
+        of = " (in the shards written now)" if self.resumed else ""
+        return f"; of its marked components, {self.small}{of} smaller than a pixel at {size}: kept as one pixel each"
 
     def pending(self) -> list[ShardTask]:
         return [task for task in self.tasks if task.name not in self.entries and task.name not in self.failed]
@@ -419,7 +444,7 @@ class _Building:
         return manifest
 
 
-def _run(tasks: list[ShardTask], workers: int) -> Iterator[tuple[ShardTask, ShardEntry | list[str]]]:
+def _run(tasks: list[ShardTask], workers: int) -> Iterator[tuple[ShardTask, Written | list[str]]]:
     """Results of the tasks as they come, from processes where more than one is of use."""
     workers = min(workers, len(tasks))
     if workers <= 1:

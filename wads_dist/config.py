@@ -425,6 +425,12 @@ class EvaluationConfig(_Section):
         "their middle, from counts whose size does not depend on the test set's",
     )
     bins: int = Field(65_536, ge=16, multiple_of=2, description="bins of a histogram; more give narrower bounds")
+    mask_rule: Literal["area", "nearest"] = Field(
+        "area",
+        description="which pixels are defective at the network's resolution. area: those of which half is marked, and of a "
+        "marked component that would vanish, the most covered one; nearest: those whose centre is marked, as for the peers "
+        "and, as far as can be told, for the paper. Models scored before this setting existed had nearest",
+    )
     holdout: float = Field(
         0.1,
         ge=0,
@@ -511,9 +517,9 @@ class Config(_Section):
 RESOLVED = "resolved"
 """In a file that ``to_toml`` has written: the preset's values are among the others. A setting that is newer than the file has
 its own default, not what the preset would make of it today."""
-BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse"}
+BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse", "evaluation.mask_rule": "nearest"}
 """What a file without these settings means that the software itself has written (a run's, a checkpoint's, a model's): it is
-older than they are, and was trained like this. A person's file gets the defaults."""
+older than they are, and was trained and scored like this. A person's file gets the defaults."""
 ADDRESSES = ("data.shards", "data.textures")
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},

@@ -183,7 +183,8 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     part = Part.of(model, config, dataset, category, ranks, threshold, mean)
     scores, anomalous = part.images(ranks)
     pixels = {name: values.result(ranks) for name, values in part.pixels.items()}
-    metrics = score_report(pixels[MODEL], binary_metrics(scores, anomalous))
+    metrics = score_report(pixels[MODEL], binary_metrics(scores, anomalous), unmarked(config, dataset, category))
+    metrics |= {"mask_rule": config.evaluation.mask_rule, "small_components": sum(ranks.gather(part.small))}
     metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
     test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
@@ -207,6 +208,7 @@ class Part:
         self.decisions, self.of_normal_images = Decisions(), Decisions()
         self.scores: list[float] = []
         self.anomalous: list[bool] = []
+        self.small = 0  # components of the masks that are smaller than a pixel
         self.kept: list[tuple[TestImages, Predictions]] = []
 
     @classmethod
@@ -224,7 +226,8 @@ class Part:
         part, total = cls(config, ranks, threshold), len(dataset.manifest(category).samples("test"))
         chosen = set(kept(total))
         for batch in rank_batches(total, config.evaluation.batch_size, ranks):
-            test = TestImages.load(dataset, category, config.data, slice(batch.start, batch.stop))
+            rule = config.evaluation.mask_rule
+            test = TestImages.load(dataset, category, config.data, slice(batch.start, batch.stop), rule)
             part.add(model, test, mean, [i - batch.start for i in batch if i in chosen])
         return part
 
@@ -245,6 +248,7 @@ class Part:
             self.of_normal_images.add(marked[normal], test.masks[normal])
         self.scores += image_score(predictions.probability, self.config.score_window).tolist()
         self.anomalous += [defect != "good" for defect in test.defects]
+        self.small += sum(test.small)
         self.kept.append((test.rows(keep), predictions.rows(keep)))
 
     def images(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -278,16 +282,26 @@ def _joined(
     return TestImages.join([test for test, _ in parts]), Predictions.join([predictions for _, predictions in parts])
 
 
-def score_report(pixel: PixelResult, image: BinaryMetrics) -> dict[str, Any]:
+def unmarked(config: Config, dataset: Dataset, category: str) -> str:
+    """Why no pixel of a test split with defects is marked, if none is."""
+    if all(sample.mask is None for _, sample in dataset.manifest(category).samples("test")):
+        return "no defect has a mask"
+    size, rule = config.data.image_size, config.evaluation.mask_rule
+    return f"no marked pixel is left at {size}×{size} by evaluation.mask_rule = {rule}"
+
+
+def score_report(
+    pixel: PixelResult, image: BinaryMetrics, unmarked: str = "no pixel of a defect is marked"
+) -> dict[str, Any]:
     """The model's entries of ``metrics.json``: each metric (None where not defined, and why, under ``undefined``), and where
-    pixels were counted in a histogram, the bounds of theirs."""
+    pixels were counted in a histogram, the bounds of theirs. ``unmarked``: why no pixel is, if there are defects."""
     report: dict[str, Any] = {f"pixel_{key}": getattr(pixel.metrics, name) for key, name in PIXEL_METRICS.items()}
     report |= {f"image_{key}": getattr(image, name) for key, name in IMAGE_METRICS.items()}
     if pixel.bounds and not pixel.bounds.undefined:
         report["bounds"] = {f"pixel_{key}": getattr(pixel.bounds, name) for key, name in PIXEL_METRICS.items()}
     undefined = {"pixel": pixel.metrics.undefined, "image": image.undefined}
     if undefined["pixel"] and image.undefined not in ("all are normal", "no scores"):
-        undefined["pixel"] = "no defect has a mask"
+        undefined["pixel"] = unmarked
     if any(undefined.values()):
         report["undefined"] = {kind: reason for kind, reason in undefined.items() if reason}
     return report

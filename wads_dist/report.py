@@ -312,6 +312,11 @@ def facts(c: Category) -> Iterator[str]:
             yield str(warning)
     elif reason := status.metrics.get("no_threshold"):
         yield f"No threshold: {reason}."
+    if c.done:
+        small = number(status.metrics, "small_components")
+        kept = "kept as one pixel each" if c.mask_rule == "area" else "lost, they count as normal"
+        told = f"; of their components, {small:,.0f} smaller than a pixel: {kept}" if small else ""
+        yield f"Masks at the network's resolution: by {c.mask_rule}{told}."
     undefined = status.metrics.get("undefined")
     for kind, reason in undefined.items() if isinstance(undefined, dict) else ():
         yield f"Scores of {kind}s are not defined: {reason}."
@@ -357,6 +362,7 @@ def render(record: RunRecord) -> str:
         scores=[score_table(record, PIXEL_SCORES), score_table(record, IMAGE_SCORES)],
         paper=paper,
         has_paper=record.has_paper,
+        mask_rules=" and ".join(sorted({c.mask_rule for c in record.done})),
         decisions=category_table([c for c in record.done if c.threshold], DECISIONS),
         sections=sections,
         effort=category_table(record.categories, EFFORT),

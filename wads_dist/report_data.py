@@ -86,6 +86,11 @@ class Category:
         known = [number(of, metric) for of in each.values()] if isinstance(each, dict) else []
         return max((value for value in known if value is not None), default=number(self.status.metrics, path))
 
+    @property
+    def mask_rule(self) -> str:
+        """How the truth was brought to the network's resolution; before there was a choice, by nearest."""
+        return str(self.status.metrics.get("mask_rule", "nearest"))
+
     def margin(self, path: str) -> float:
         """How far the exact score may be from ``score``: 0 unless pixels were counted in a histogram."""
         match lookup(self.status.metrics, f"bounds.{path}"):
@@ -224,7 +229,9 @@ def as_json(record: RunRecord) -> dict[str, Any]:
         "run": str(record.status.run),
         "complete": record.status.complete,
         "categories": {
-            c.name: {"state": c.status.state, "attempts": len(c.attempts)} | scores(c) for c in record.categories
+            c.name: {"state": c.status.state, "attempts": len(c.attempts), "mask_rule": c.mask_rule if c.done else None}
+            | scores(c)
+            for c in record.categories
         },
         "means": {mean.name: counts(mean) | scores(mean) for mean in record.means},
         "missing": list(missing(record)),

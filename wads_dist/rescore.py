@@ -35,10 +35,14 @@ def evaluate_run(config: Config) -> int:
         raise ModelFileError(f"{config.run.dir}: no category has finished training; run launch/train.py first")
     settings = {category: scoring_settings(config.run.dir / category, config) for category in categories}
     refuse_links(config.run.dir, categories)
+    console = Console()
     for category in categories:
         check_fingerprint(config.run.dir / category / METRICS, dataset.manifest(category).fingerprint)
     for category, of in settings.items():
         path = config.run.dir / category / METRICS
+        console.print(
+            f"{category}: masks by {of.evaluation.mask_rule} (evaluation.mask_rule)", highlight=False, markup=False
+        )
         model = load_model(path.parent, of, device)
         evaluation = evaluate(model, of, dataset, category, Ranks(0, 1, 0, 1, device))
         save_results(path.parent, category, evaluation, of)
@@ -46,12 +50,13 @@ def evaluate_run(config: Config) -> int:
         for key in ("bounds", "undefined", "no_threshold"):  # which an evaluation has or has not
             metrics.pop(key, None)
         write_text(path, json.dumps(metrics | evaluation.metrics, indent=1))
-    conclude(config, Outcome(), categories, Console())
+    conclude(config, Outcome(), categories, console)
     return ExitCode.OK
 
 
 def scoring_settings(folder: Path, config: Config) -> Config:
-    """What to score a trained category with: ``config``, if it says how the model is scored only.
+    """What to score a trained category with: ``config``, if it says how the model is scored only. Where it does not give
+    ``evaluation.mask_rule``, masks are resized as they were for that model.
 
     Raises:
         ModelFileError: the category has no weights that this version reads.
@@ -64,6 +69,10 @@ def scoring_settings(folder: Path, config: Config) -> Config:
             c.model_copy(update={"evaluation": c.evaluation.model_copy(update={"holdout": 0.0})})
             for c in (trained, config)
         )
+    # Numbers of a run stay comparable: those of before the setting existed were by nearest.
+    if "mask_rule" not in config.evaluation.model_fields_set:
+        as_it_was = {"mask_rule": trained.evaluation.mask_rule}
+        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=as_it_was)})
     if config.trainer.find_batch_size:
         found = {"find_batch_size": False, "micro_batch_size": trained.trainer.micro_batch_size}
         config = config.model_copy(update={"trainer": config.trainer.model_copy(update=found)})

@@ -1,5 +1,6 @@
 """Promises of the builder: equal bytes, original bytes, resuming after a kill, and what WebDataset reads."""
 
+import hashlib
 import io
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from shards import DataProblems, Dataset, build, decode_image, decode_mask, verify
+from shards.build import CategoryPlan
 from shards.images import fitted_image, fitted_mask, load_image, mask_pixels
+from shards.manifest import VERSION
 from shards.masks import resize_mask
 from tests.shards.conftest import make_category, picture, save, square_mask
 
@@ -127,6 +130,29 @@ def test_resize_keeps_thin_defects_and_remembers_how_many(tmp_path: Path) -> Non
     stored = load_image(dataset.read("nut", shard, sample.mask))
     assert np.array_equal(mask_pixels(stored), resize_mask(mask > 0, 40)) and mask_pixels(stored).sum() == 102
     assert [fitted_mask(stored, size).small for size in (40, 20)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("resize", "said"), [(None, "1 smaller than a pixel at 128²"), (40, "2 smaller than a pixel at 40²")]
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_says_how_many_defects_are_smaller_than_a_pixel(
+    tmp_path: Path, resize: int | None, said: str, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_category(tmp_path / "nut")
+    mask = np.zeros((400, 400), np.uint8)
+    mask[100:102, 50:350] = mask[380, 10] = 255  # 0.64 and 0.2 of a pixel wide
+    save(picture(5, (400, 400)), folder / "test/scratch/zz.png")
+    save(Image.fromarray(mask), folder / "ground_truth/scratch/zz_mask.png")
+    build(folder, tmp_path / "out", resize=resize, workers=workers)
+    assert f"of its marked components, {said}" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("resize", "up_to_date"), [(None, True), (16, False)])
+def test_only_shards_that_were_resized_by_nearest_are_to_be_built_anew(resize: int | None, up_to_date: bool) -> None:
+    content = [VERSION, "nut", "images", 64, resize, []]  # what a plan's digest was of, before masks went by area
+    before = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+    assert (CategoryPlan("nut", "images", [], resize=resize).digest() == before) == up_to_date
 
 
 def test_resize_stores_squares(root: Path, tmp_path: Path) -> None:

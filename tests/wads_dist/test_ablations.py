@@ -183,5 +183,5 @@ def test_a_deviation_over_seeds_is_shown() -> None:
 
 
 def test_the_file_says_what_the_columns_are() -> None:
-    text = "\n".join(markdown(scored(carpet=[0.9] * 5)))
+    text = "\n".join(markdown(scored(carpet=[0.9] * 5), "area"))
     assert "`objective.kl.weight = 0`" in text and "era.2024169" in text and text.count("| carpet |") == len(SCORES)

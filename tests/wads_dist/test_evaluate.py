@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from shards.build import build
 from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist import evaluate as evaluation_module
@@ -160,11 +162,47 @@ def test_what_is_not_defined_is_none_with_a_reason() -> None:
     report = score_report(normal, BinaryMetrics(undefined="all are normal"))
     assert report["pixel_auroc"] is None and report["image_f1_max"] is None
     assert report["undefined"] == {"pixel": "all are normal", "image": "all are normal"}
-    assert score_report(normal, BinaryMetrics(0.9, 0.9, 0.9))["undefined"] == {"pixel": "no defect has a mask"}
+    report = score_report(normal, BinaryMetrics(0.9, 0.9, 0.9), "no defect has a mask")
+    assert report["undefined"] == {"pixel": "no defect has a mask"}
     masks = torch.zeros(2, 4, 4, dtype=torch.bool)
     masks[0, 0, 0] = True
     fine = score_report(PixelResult(map_metrics(torch.rand(2, 4, 4), masks), {}), BinaryMetrics(1.0, 1.0, 1.0, 1.0))
     assert "undefined" not in fine and None not in fine.values()
+
+
+@pytest.fixture(scope="module")
+def thin_shards(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Two defects, each a line of one pixel in 640 that nearest loses at 64²; ``unmasked`` has them without masks."""
+    root = tmp_path_factory.mktemp("thin")
+    for part in ("thin/train/good", "thin/test/good", "thin/test/bad", "unmasked/good", "unmasked/bad"):
+        (root / "data" / part).mkdir(parents=True)
+        for i in range(6 if part == "unmasked/good" else 2):  # every fifth of which is tested
+            Image.new("RGB", (640, 640), (60, 60, 60)).save(root / "data" / part / f"{i}.png")
+    (root / "data/thin/ground_truth/bad").mkdir(parents=True)
+    for i in range(2):
+        mask = Image.new("L", (640, 640))
+        mask.paste(255, (100, 300, 500, 301))
+        mask.save(root / f"data/thin/ground_truth/bad/{i}.png")
+    build(root / "data", root / "out", workers=1, progress=False)
+    return Dataset.open(root / "out")
+
+
+@pytest.mark.parametrize(
+    ("category", "rule", "reason"),
+    [
+        ("thin", "area", None),
+        ("thin", "nearest", "no marked pixel is left at 64×64 by evaluation.mask_rule = nearest"),
+        ("unmasked", "area", "no defect has a mask"),
+    ],
+)
+def test_the_metrics_say_by_which_rule_and_what_it_did(
+    config: Config, thin_shards: Dataset, category: str, rule: str, reason: str | None
+) -> None:
+    scored = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"mask_rule": rule})})
+    metrics = evaluate(Wads(config.model, 64).eval(), scored, thin_shards, category, ALONE).metrics
+    assert metrics["mask_rule"] == rule and metrics["small_components"] == (2 if category == "thin" else 0)
+    assert metrics.get("undefined") == (reason and {"pixel": reason})
+    assert (metrics["pixel_auroc"] is None) == (reason is not None)
 
 
 def test_a_report_of_a_histogram_has_its_bounds() -> None:

@@ -265,6 +265,22 @@ def test_the_trivial_score_is_that_of_the_detector_that_is_better_at_it(run: Pat
     assert page_of(run).row("bolt")[1:5] == ["0.900", "0.600", "0.500 ▼", "0.600"]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "rule", "said"),
+    [
+        ({}, "nearest", "by nearest."),  # of a run of before there was a choice
+        ({"mask_rule": "area", "small_components": 0}, "area", "by area."),
+        ({"mask_rule": "area", "small_components": 3}, "area", "by area; of their components, 3 smaller"),
+        ({"mask_rule": "nearest", "small_components": 1}, "nearest", "by nearest; of their components, 1 smaller"),
+    ],
+)  # fmt: skip
+def test_how_masks_were_resized_is_said(run: Path, metrics: dict[str, Any], rule: str, said: str) -> None:
+    add_category(run, "bolt", **metrics)
+    record = read_run(run)
+    assert as_json(record)["categories"]["bolt"]["mask_rule"] == rule
+    assert f"Masks at the network&#39;s resolution: {said}" in render(record)
+
+
 def test_a_score_from_a_histogram_is_shown_with_its_bounds(run: Path) -> None:
     add_category(run, "bolt", pixel_auroc=0.5, bounds={"pixel_auroc": [0.0, 1.0], "pixel_ap": [0.4999, 0.5001]})
     page = page_of(run)

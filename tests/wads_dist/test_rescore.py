@@ -94,3 +94,22 @@ def test_a_model_from_before_eq_3_6_had_a_direction_is_scored_as_it_was(demo_sha
     header = "".join(line for line in before.to_toml().splitlines(True) if not line.startswith("direction"))
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors", {"config": header})
     assert scoring_settings(tmp_path, before) == before and trained_config(tmp_path) == before
+
+
+@pytest.mark.parametrize("given", [None, "area", "nearest"])
+@pytest.mark.parametrize("was", [None, "area", "nearest"])
+def test_masks_are_resized_as_they_were_unless_a_person_says_how(
+    demo_shards: Path, tmp_path: Path, was: str | None, given: str | None
+) -> None:
+    """Before the setting existed, it was by nearest."""
+    header = load_config(command(demo_shards, tmp_path, *(("--evaluation.mask_rule", was) if was else ()))).to_toml()
+    if was is None:
+        header = "".join(line for line in header.splitlines(True) if not line.startswith("mask_rule"))
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors", {"config": header})
+    (tmp_path / "config.toml").write_text(header)
+    setting = ("--evaluation.mask_rule", given) if given else ()
+    expected = given or was or "nearest"
+    config = load_config(command(demo_shards, tmp_path, *setting))
+    assert scoring_settings(tmp_path, config).evaluation.mask_rule == expected
+    of_run = load_config(["--config", str(tmp_path / "config.toml"), *setting])  # `launch/evaluate.py RUN`
+    assert scoring_settings(tmp_path, of_run).evaluation.mask_rule == expected
