@@ -35,7 +35,7 @@ from shards.names import printable, quoted, within
 
 BACKOFF_SECONDS = 0.5
 STALL_SECONDS = 60.0
-# A manifest has some 400 bytes for each sample.
+# A manifest of the demo has 315 bytes for each sample.
 MANIFEST_BYTES = 512 << 20
 _CURL_HTTP_ERROR = 22
 _TRY_AGAIN = ("408", "429", "500", "502", "503", "504")
