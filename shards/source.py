@@ -11,10 +11,12 @@ import select
 import shutil
 import stat
 import subprocess
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
@@ -28,6 +30,7 @@ from shards.manifest import (
     CategorySummary,
     DatasetManifest,
     Member,
+    SampleEntry,
     ShardEntry,
     parse_manifest,
 )
@@ -169,6 +172,27 @@ class Dataset:
             )
         return data
 
+    def stream(self, category: str, shard: ShardEntry) -> Iterator[tuple[SampleEntry, bytes]]:
+        """Every sample of a verified shard with its encoded image, read from the first byte to the last by WebDataset.
+
+        Raises:
+            DataError: as for `shard`, or it does not hold the samples that the manifest lists, whole and in that order.
+        """
+        from webdataset import DataPipeline  # here, because importing webdataset imports torch
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        path = self.shard(category, shard)
+        try:
+            with path.open("rb") as file:
+                # The stages of wds.WebDataset without its first: that draws from Python's random state, and obeys variables of
+                # the environment which lead elsewhere than to the file that was verified.
+                source = [{"url": str(path), "stream": file}]
+                found = DataPipeline(lambda: iter(source), tar_file_expander, group_by_keys)
+                for sample, listed in zip_longest(found, shard.samples):
+                    yield _image_of(sample, listed)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise DataError(f"{path}: {error.args[0]}; build the category again") from error
+
     def _cached(self, category: str, url: str, entry: ShardEntry) -> Path:
         # Named by content: another data set with equal names must not evict this one's shards, nor be taken for it.
         path = within(self.cache, category, f"{entry.sha256[:16]}-{entry.name}")
@@ -202,6 +226,22 @@ class Dataset:
             finally:
                 temporary.unlink(missing_ok=True)
         return path
+
+
+def _image_of(found: dict[str, Any] | None, listed: SampleEntry | None) -> tuple[SampleEntry, bytes]:
+    """A sample of the manifest, and the encoded image of what WebDataset has found there.
+
+    Raises:
+        ValueError: that is another sample, or a part of this one.
+    """
+    if found is None or listed is None or found["__key__"] != listed.key:
+        there, wanted = printable(found["__key__"]) if found else "nothing", listed.key if listed else "nothing more"
+        raise ValueError(f"holds {there} where the manifest lists {wanted}")
+    for member in filter(None, (listed.mask, listed.image)):
+        data = found.get(member.name.removeprefix(f"{listed.key}.").lower(), b"")
+        if len(data) != member.size:
+            raise ValueError(f"holds {len(data)} bytes of {member.name}, the manifest lists {member.size}")
+    return listed, data
 
 
 def _difference(path: Path, entry: ShardEntry) -> str | None:

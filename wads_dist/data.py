@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -29,6 +30,7 @@ from wads_dist.config import Config, DataConfig
 
 Entry = tuple[ShardEntry, SampleEntry]
 T = TypeVar("T")
+READ_AT_ONCE = 64  # encoded images in memory while they are decoded
 HELD_OUT_AT_LEAST = 4
 HELD_OUT_OF_AT_LEAST = 20  # of fewer images, those few would be missed in training
 
@@ -39,12 +41,38 @@ def decode_entry(dataset: Dataset, category: str, entry: Entry, size: int) -> "n
     Raises:
         DataError: names the shard and the sample.
     """
+    return decoded(dataset.read(category, entry[0], entry[1].image), category, entry, size)
+
+
+def decoded(data: bytes, category: str, entry: Entry, size: int) -> "np.ndarray":
+    """As ``decode_entry``, of the image's bytes."""
     shard, sample = entry
-    data = dataset.read(category, shard, sample.image)
     try:
         return decode_image(data, size)
     except DataError as error:
         raise DataError(f"{category}/{shard.name}: sample {sample.key} {error}") from error
+
+
+def decode_shards(dataset: Dataset, category: str, entries: Sequence[Entry], size: int) -> Tensor:
+    """As ``decode_entries``, for most of a data set: their shards are read from the first byte to the last.
+
+    Raises:
+        DataError: a shard is damaged, or does not hold what the manifest lists; or an image cannot be decoded.
+    """
+    images = torch.empty(len(entries), 3, size, size, dtype=torch.uint8)
+    rows = {sample.key: row for row, (_, sample) in enumerate(entries)}
+    read = (
+        (data, (shard, sample))
+        for shard in {shard.name: shard for shard, _ in entries}.values()
+        for sample, data in dataset.stream(category, shard)
+        if sample.key in rows
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(islice(read, READ_AT_ONCE)):
+            decoding = pool.map(lambda item: decoded(item[0], category, item[1], size), batch)
+            for (_, (_, sample)), image in zip(batch, decoding, strict=True):
+                images[rows[sample.key]] = torch.from_numpy(image)
+    return images
 
 
 def decode_entries(dataset: Dataset, category: str, entries: Sequence[Entry], size: int) -> Tensor:
@@ -124,7 +152,7 @@ class ResidentImages:
     def __init__(
         self, dataset: Dataset, category: str, entries: Sequence[Entry], size: int, device: torch.device
     ) -> None:
-        self.images = decode_entries(dataset, category, entries, size).to(device)
+        self.images = decode_shards(dataset, category, entries, size).to(device)
         self.count = len(self.images)
 
     def rows(self, sample: Tensor, upcoming: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -201,7 +229,7 @@ def texture_bank(location: str | None, cache: Path, size: int, device: torch.dev
     if bank is None:
         return torch.from_numpy(procedural_textures(size=size)).to(device)
     dataset, name = bank
-    return decode_entries(dataset, name, dataset.manifest(name).samples(), size).to(device)
+    return decode_shards(dataset, name, dataset.manifest(name).samples(), size).to(device)
 
 
 def shares(own: float, bank: int, images: int) -> tuple[int, int]:

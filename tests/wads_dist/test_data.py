@@ -14,7 +14,15 @@ from shards.errors import DataError
 from shards.source import Dataset
 from shards.verify import verify
 from wads_dist.config import Config, DataConfig, load_config
-from wads_dist.data import TestImages, TrainingData, mean_image, rank_samples, texture_bank
+from wads_dist.data import (
+    TestImages,
+    TrainingData,
+    decode_entries,
+    decode_shards,
+    mean_image,
+    rank_samples,
+    texture_bank,
+)
 from wads_dist.distributed import Ranks
 from wads_dist.metrics import map_metrics
 
@@ -83,6 +91,25 @@ def test_ranks_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     ranks = Ranks.from_environment()
     assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.local_world_size) == (5, 1, 8, 4)
+
+
+def test_resident_images_are_those_of_random_access(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a part of them, of several shards, and in batches."""
+    monkeypatch.setattr("wads_dist.data.READ_AT_ONCE", 7)
+    dataset = Dataset.open(demo_shards)
+    entries = dataset.manifest("demo_biscuit").samples()[1::3]
+    whole = decode_shards(dataset, "demo_biscuit", entries, 48)
+    assert torch.equal(whole, decode_entries(dataset, "demo_biscuit", entries, 48))
+    assert {shard.name for shard, _ in entries} == {"train-000000.tar", "test-000000.tar"}
+
+
+def test_an_image_that_cannot_be_decoded_is_named(demo_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(data: bytes, size: int) -> None:
+        raise DataError("is truncated")
+
+    monkeypatch.setattr("wads_dist.data.decode_image", broken)
+    with pytest.raises(DataError, match=r"demo_biscuit/train-000000\.tar: sample train/good/\S+ is truncated"):
+        TrainingData(config(), Dataset.open(demo_shards), "demo_biscuit", CPU)
 
 
 @pytest.mark.parametrize("mode", ["resident", "streaming"])

@@ -58,19 +58,19 @@ def test_equal_to_scikit_learn(name: str) -> None:
     truth, score = labels.numpy(), scores.numpy()
     precision, recall, thresholds = precision_recall_curve(truth, score)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
-    # Both sum in float64; 1e-9 leaves room for another order of summation over millions of terms.
-    assert ours.auroc == pytest.approx(roc_auc_score(truth, score), abs=1e-9)
-    assert ours.average_precision == pytest.approx(average_precision_score(truth, score), abs=1e-9)
-    assert ours.f1_max == pytest.approx(f1.max(), abs=1e-9)
+    # Both sum in float64, in another order.
+    assert ours.auroc == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+    assert ours.average_precision == pytest.approx(average_precision_score(truth, score), abs=1e-12)
+    assert ours.f1_max == pytest.approx(f1.max(), abs=1e-12)
     assert ours.threshold_at_f1_max in thresholds
-    assert ours.iou_max == pytest.approx(jaccard_score(truth, score >= ours.threshold_at_f1_max), abs=1e-9)
+    assert ours.iou_max == pytest.approx(jaccard_score(truth, score >= ours.threshold_at_f1_max), abs=1e-12)
 
 
 def test_infinite_scores_are_scores() -> None:
     scores, labels = case("infinite")
     # scikit-learn refuses infinities; only the order counts, so finite extremes must give the same.
     finite = scores.clamp(-1e6, 1e6)
-    assert binary_metrics(scores, labels).auroc == pytest.approx(roc_auc_score(labels, finite), abs=1e-9)
+    assert binary_metrics(scores, labels).auroc == pytest.approx(roc_auc_score(labels, finite), abs=1e-12)
 
 
 def test_threshold_reaches_the_best_f1() -> None:
@@ -219,7 +219,7 @@ def test_aupro_is_the_area_under_its_definition(name: str, limit: float) -> None
     scores, masks = maps(name)
     ours = rank(scores, masks, Truth.of(masks)).aupro(limit)
     # Sums of a few hundred terms in float64.
-    assert ours == pytest.approx(aupro_by_definition(scores, masks, limit), abs=1e-9)
+    assert ours == pytest.approx(aupro_by_definition(scores, masks, limit), abs=1e-12)
 
 
 def test_components_are_8_connected_and_end_at_their_image() -> None:
