@@ -85,10 +85,11 @@ def ablations(given: argparse.Namespace, arguments: Sequence[str]) -> int:
     scores: Scores = {variant: points[variant]["categories"] for variant in VARIANTS}
     scores[LBP] = lbp_scores(plan, console)
     write_text(out / RECORD, json.dumps(scores, indent=1))
-    rules = sorted({run.config.evaluation.mask_rule for run in plan.runs})
-    write_text(out / TABLE, "\n".join(markdown(scores, " and ".join(rules))) + "\n")
+    masks = about_masks(sorted({run.config.evaluation.mask_rule for run in plan.runs}))
+    write_text(out / TABLE, "\n".join(markdown(scores, masks)) + "\n")
     for score in SCORES:
         console.print(table(scores, score), "")
+    console.print(masks, highlight=False, soft_wrap=True)
     console.print(f"Tables: {out / TABLE}, {out / RECORD}", highlight=False, markup=False, soft_wrap=True)
     if given.json:
         print(json.dumps(scores, indent=1))
@@ -159,12 +160,19 @@ def table(scores: Scores, score: str) -> Table:
     return result
 
 
-def markdown(scores: Scores, mask_rule: str) -> Iterator[str]:
+def about_masks(rules: Sequence[str]) -> str:
+    return (
+        f"Our masks are brought to the network's resolution by {' and '.join(rules)}, the paper's, as far as can be told, by "
+        "nearest."
+    )
+
+
+def markdown(scores: Scores, masks: str) -> Iterator[str]:
     """The same tables as a file; lines."""
     yield "# Ablations\n"
     yield f"As in Table 4 of {paper.CITATION}, doi:{paper.DOI}. Ours, on the test split; ± deviation over seeds. Rows of the"
     yield "paper: the category's in that table, pixel AUROC at 128²; below a mean, that of the same categories' numbers."
-    yield f"Our masks are brought to the network's resolution by {mask_rule}, the paper's, as far as can be told, by nearest.\n"
+    yield f"{masks}\n"
     for variant, settings in VARIANTS.items():
         yield f"- {variant}: " + (
             ", ".join(f"`{path} = {value}`" for path, value in settings.items()) or "as configured"

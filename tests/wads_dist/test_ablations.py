@@ -9,7 +9,7 @@ from rich.console import Console
 from launch.sweep import parse
 from wads_dist import ablations as module
 from wads_dist import paper
-from wads_dist.ablations import COLUMNS, VARIANTS, LbpModel, Scores, ablations, markdown, rows, table
+from wads_dist.ablations import COLUMNS, VARIANTS, LbpModel, Scores, ablations, about_masks, markdown, rows, table
 from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.errors import ExitCode
 from wads_dist.evaluate import save_weights
@@ -118,7 +118,8 @@ def test_one_command_tabulates_what_is_trained(
     text = (tmp_path / "ablations.md").read_text()
     assert "| pixel AUROC | wads | noSSIM | noKL | noGAN | LBP |" in text
     assert "| demo_biscuit | 0.900 | 0.800 | 0.700 | 0.600 | 0." in text
-    assert "noSSIM" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "noSSIM" in printed and "resolution by area" in printed
 
 
 def scored(**categories: list[float | None]) -> Scores:
@@ -183,5 +184,7 @@ def test_a_deviation_over_seeds_is_shown() -> None:
 
 
 def test_the_file_says_what_the_columns_are() -> None:
-    text = "\n".join(markdown(scored(carpet=[0.9] * 5), "area"))
-    assert "`objective.kl.weight = 0`" in text and "era.2024169" in text and text.count("| carpet |") == len(SCORES)
+    text = "\n".join(markdown(scored(carpet=[0.9] * 5), about_masks(["area"])))
+    for said in ("`objective.kl.weight = 0`", "resolution by area", "era.2024169"):
+        assert said in text
+    assert text.count("| carpet |") == len(SCORES)
