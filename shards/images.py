@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from shards.errors import DataError
-from shards.masks import MaskRule, ResizedMask, fit_mask
+from shards.masks import MaskRule, ResizedMask, fit_mask, resize_mask
 
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 _SMALL = "components smaller than a pixel"  # of a stored mask that was made smaller: how many there were
@@ -52,7 +52,9 @@ def load_image(data: bytes, too_large: str = "make it smaller") -> Image.Image:
         image.load()
     except Image.DecompressionBombError as error:  # "Image size (N pixels) exceeds limit of M pixels, could be…"
         raise DataError(f"is too large: {str(error).partition(',')[0]}; {too_large}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except MemoryError:  # no fault of the file
+        raise
+    except Exception as error:  # Pillow's readers let many kinds out of a damaged file
         # Pillow names the buffer, by its address, when it does not know the format.
         why = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"is truncated or unreadable ({why or type(error).__name__}); replace the file") from error
@@ -61,6 +63,7 @@ def load_image(data: bytes, too_large: str = "make it smaller") -> Image.Image:
 
 def upright(image: Image.Image) -> Image.Image:
     """A decoded image as viewers show it, turned by its EXIF orientation (of a TIFF, Pillow has done it); the tag is gone."""
+    image.info.pop(_TURNED, None)  # a file may call a text of its own so
     # Not ImageOps.exif_transpose: it writes the rest of the block anew, which fails for some that cameras write.
     try:
         tag: Any = image.getexif().get(ExifTags.Base.Orientation)
@@ -176,7 +179,7 @@ def decode_mask(data: bytes, size: int, rule: MaskRule = "area") -> NDArray[np.b
     Raises:
         DataError: it is truncated or unreadable.
     """
-    return fitted_mask(load_image(data), size, rule).pixels
+    return resize_mask(mask_pixels(load_image(data)), size, rule)
 
 
 def fitted_mask(image: Image.Image, size: int, rule: MaskRule = "area") -> ResizedMask:

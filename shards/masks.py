@@ -73,9 +73,8 @@ def _covered(mask: Bools, size: int) -> Integers:
 def _box_sums(values: Bools | Integers, size: int) -> Integers:
     """Integrals of rows [N, length] over `size` equal boxes, int64 [N, size]; a value is `size` units wide."""
     length = values.shape[1]
-    whole, rest = np.divmod(
-        np.arange(size + 1) * length, size
-    )  # where boxes begin: so many values and units of the next
+    # Where boxes begin: after so many whole values and so many units of the next.
+    whole, rest = np.divmod(np.arange(size + 1) * length, size)
     integral = np.zeros((len(values), length + 1), np.int32 if values.dtype == bool else np.int64)
     np.cumsum(values, axis=1, dtype=integral.dtype, out=integral[:, 1:])
     until = size * integral[:, whole].astype(np.int64) + rest * values[:, np.minimum(whole, length - 1)]

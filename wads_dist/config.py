@@ -468,8 +468,8 @@ class Config(_Section):
     preset: Literal["wads", "paper_literal", "wads_plus"] = Field(
         "wads",
         description="starting values: wads is our reading of the paper; paper_literal has every value as printed, "
-        "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on, and not on other "
-        "(docs/recipe.md)",
+        "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on, and not on "
+        "other (docs/recipe.md)",
     )
     run: RunConfig = Field(RunConfig(), description="the run's folder")
     data: DataConfig = Field(DataConfig(), description="images")

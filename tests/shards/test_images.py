@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
 from shards import DataError, decode_image, decode_mask
-from shards.images import load_image, to_rgb, upright
+from shards.images import fitted_mask, load_image, stored_size, to_rgb, upright
 
 
 def encode(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -143,6 +143,29 @@ def test_a_broken_exif_block_is_as_good_as_none(kind: str) -> None:
         corner().save(stream, format=kind, exif=exif)
         seen.add(load_image(stream.getvalue()).size)
     assert (40, 24) in seen and seen <= {(40, 24), (24, 40)}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tiff_whose_tags_are_broken_is_refused_by_name() -> None:
+    """Each byte of its directory changed, in a format in which the orientation is one tag of many that decoding needs."""
+    data, refused = tagged(corner(), 6, "TIFF"), 0
+    for at in range(8, 200):
+        for value in (0, 2, 11, 12, 255):
+            try:
+                load_image(data[:at] + bytes([value]) + data[at + 1 :])
+            except DataError:
+                refused += 1
+    assert refused
+
+
+def test_a_text_in_a_file_does_not_pass_for_what_the_software_notes() -> None:
+    text = PngImagePlugin.PngInfo()
+    for name in ("EXIF orientation", "components smaller than a pixel"):
+        text.add_text(name, "six")
+    stream = io.BytesIO()
+    corner().save(stream, format="PNG", pnginfo=text)
+    image = load_image(stream.getvalue())
+    assert stored_size(image) == image.size and fitted_mask(image, 8).small == 0
 
 
 @pytest.mark.parametrize("value", [0, 9, 255, 65535])

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 from shards import DataError, Dataset, ShardEntry, build, verify
 from shards.errors import DataProblems
 from shards.files import sha256_file
 from shards.manifest import CategoryManifest, write_dataset_manifest
 from shards.verify import open_category
+from tests.shards.conftest import make_category, picture
 
 SHARD = "nut/test-000000.tar"
 
@@ -20,6 +22,21 @@ SHARD = "nut/test-000000.tar"
 def out(root: Path, tmp_path: Path) -> Path:
     build(root, tmp_path / "out", ["nut"], workers=1, progress=False)
     return tmp_path / "out"
+
+
+def test_sizes_of_before_the_orientation_was_obeyed_are_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifests of earlier builds have the size of the picture as it is stored, which a tag of 6 turns by a quarter."""
+    folder = make_category(tmp_path / "nut")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(5, (33, 17)).save(folder / "train/good/zz.jpg", exif=exif)
+    for out, size in (("before", (33, 17)), ("now", (17, 33))):
+        with monkeypatch.context() as then:
+            if out == "before":
+                then.setattr("shards.images.upright", lambda image: image)
+            build(folder, tmp_path / out, workers=1, progress=False)
+        sample = Dataset.open(tmp_path / out).manifest("nut").samples("train")[-1][1]
+        assert (sample.width, sample.height) == size and verify(tmp_path / out) == []
 
 
 def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
