@@ -190,7 +190,9 @@ class Dataset:
                 found = DataPipeline(lambda: iter(source), tar_file_expander, group_by_keys)
                 for sample, listed in zip_longest(found, shard.samples):
                     yield _image_of(sample, listed)
-        except (OSError, ValueError, tarfile.TarError) as error:
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error.args[0]}); start again") from error
+        except (ValueError, tarfile.TarError) as error:  # WebDataset adds the file's name to their arguments
             raise DataError(f"{path}: {error.args[0]}; build the category again") from error
 
     def _cached(self, category: str, url: str, entry: ShardEntry) -> Path:

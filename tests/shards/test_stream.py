@@ -86,3 +86,10 @@ def test_what_is_no_tar_is_refused_by_name(dataset: Dataset, tmp_path: Path) -> 
     dataset._verified["nut", shard.name] = other
     with pytest.raises(DataError, match=r"other\.tar"):
         list(dataset.stream("nut", shard))
+
+
+def test_a_shard_that_has_vanished_is_said_to_have(dataset: Dataset, tmp_path: Path) -> None:
+    shard = shard_of(dataset, "train")
+    dataset._verified["nut", shard.name] = tmp_path / "gone.tar"
+    with pytest.raises(DataError, match=r"gone\.tar: cannot be read \(No such file"):
+        list(dataset.stream("nut", shard))
