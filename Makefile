@@ -36,8 +36,19 @@ lint: setup
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
+# Tests that kill real processes or measure have the machine to themselves. The others run side by side, with a thread each: a
+# test that is about threads sets their number.
+ALONE := fault or cluster or slurm or alone
+PYTEST := pytest --durations 20 --durations-min 10 -m "not gpu and not long and
+test: SHELL := /bin/bash
 test: lint ## check style and types, and run every test that needs no GPU
-	$(RUN) pytest -m "not gpu and not long" --durations 30 --durations-min 10
+	@# Both parts run, whatever becomes of the first, whose last line stands beside that of the second in the end.
+	@$(RUN); export PATH; log=$$(mktemp); failed=0; trap 'exit 130' INT; \
+	echo "== side by side: all but: $(ALONE)"; \
+	( set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) not ($(ALONE))" -n logical --maxprocesses 8 --dist loadfile | tee $$log ) || failed=1; \
+	echo "== alone: $(ALONE)"; \
+	$(PYTEST) ($(ALONE))" || failed=1; \
+	tail -n 1 $$log; rm $$log; exit $$failed
 
 test-fast: setup ## the tests that take seconds
 	$(RUN) pytest -m "not gpu and not slow and not fault and not cluster and not slurm"

@@ -1,7 +1,8 @@
-"""What the compiler makes of the Triton kernels, on a machine without a GPU: ``python -m kernels.compiled [--json]``.
+"""What the compiler makes of the Triton kernels, on a machine without a GPU.
 
-Every kernel is compiled ahead of time for each target, and the binary is read: registers per thread, spills, shared memory,
-and the mix of its instructions. Needs Triton uninterpreted: a process without TRITON_INTERPRET.
+usage: ``python -m kernels.compiled [--json] [TARGET ...]``; without names all of ``TARGETS``. Every kernel is compiled ahead of
+time for each target, and the binary is read: registers per thread, spills, shared memory, and the mix of its instructions.
+Needs Triton uninterpreted: a process without TRITON_INTERPRET.
 """
 
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
@@ -95,11 +96,11 @@ def compile_spec(spec: KernelSpec, target: str) -> CompiledKernel:
     return CompiledKernel(spec.name, target, registers, spills, compiled.metadata.shared, _mix(names))
 
 
-def compile_report() -> Iterator[CompiledKernel]:
-    """Every kernel of this folder for every target, as they are compiled."""
+def compile_report(targets: Iterable[str] = TARGETS) -> Iterator[CompiledKernel]:
+    """Every kernel of this folder for each of ``targets`` (keys of ``TARGETS``), as they are compiled."""
     for name in MODULES:
         for spec in import_module(name).compile_specs():
-            for target in TARGETS:
+            for target in targets:
                 yield compile_spec(spec, target)
 
 
@@ -139,12 +140,15 @@ def _mix(names: list[str]) -> dict[str, int]:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments == ["--json"]:
-        print(json.dumps([asdict(kernel) for kernel in compile_report()]))
+    targets = [argument for argument in arguments if argument != "--json"] or list(TARGETS)
+    if unknown := set(targets) - set(TARGETS):
+        raise SystemExit(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
+    if "--json" in arguments:
+        print(json.dumps([asdict(kernel) for kernel in compile_report(targets)]))
         return
     kinds = [*CLASSES, "other", "total"]
     print(f"{'kernel':41} {'target':7} {'regs':>5} {'spills':>6} {'shared':>7}  " + " ".join(f"{k:>7}" for k in kinds))
-    for k in compile_report():
+    for k in compile_report(targets):
         mix = " ".join(f"{k.instructions[kind]:7}" for kind in kinds)
         print(f"{k.kernel:41} {k.target:7} {k.registers:5} {k.spills:6} {k.shared_bytes:7}  {mix}", flush=True)
 

@@ -144,6 +144,7 @@ def test_a_step_that_fits_nowhere_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_run_trains_with_what_was_found_and_goes_on_with_it(demo_shards: Path, tmp_path: Path) -> None:
     """Two ranks; the second start must not measure again, nor the first train with what it has not recorded."""
     run = tmp_path / "run"

@@ -8,7 +8,10 @@ import pytest
 from tests.conftest import REPOSITORY, environment
 from wads_dist.rendezvous import free_port
 
-pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"),
+]
 
 MEBIBYTES = 256
 PROGRAM = f"""

@@ -21,6 +21,7 @@ from wads_dist import leases
 from wads_dist.errors import ExitCode, WadsError
 from wads_dist.leases import METRICS, Lease, Owner, Queue, attempts_of, still_held
 
+pytestmark = pytest.mark.alone  # leases of fractions of a second
 OWNER = Owner(launch="first", group="g0", ranks=(0, 1), host="node-a")
 ELSEWHERE = "another boot:another namespace"
 LEASE_SECONDS = 60.0

@@ -117,6 +117,20 @@ def test_one_class_has_no_metrics_but_a_reason(labels: Tensor, reason: str) -> N
     assert binary_metrics(torch.rand(len(labels)), labels.bool()) == BinaryMetrics(undefined=reason)
 
 
+def test_scores_count_the_same_for_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wads_dist.metrics._PIECE", 100)
+    scores, labels = case("ties")
+    anomalous, normal = scores[labels].sort(descending=True).values, scores[~labels]
+    threads, counts = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            counts.append(count_normal(anomalous, normal.clone()))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*counts)
+
+
 def test_pieces_of_the_normal_scores_count_as_the_whole() -> None:
     """So it does not matter how they are spread over threads, batches or ranks."""
     scores, labels = case("ties")

@@ -14,6 +14,8 @@ from wads_dist.errors import ExitCode, LaunchError, PreemptedError, RankLostErro
 from wads_dist.pulse import Standing
 from wads_dist.rendezvous import Launch, Line, free_port
 
+pytestmark = pytest.mark.alone  # ranks that must be heard of within seconds
+
 
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:

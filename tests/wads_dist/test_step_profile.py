@@ -27,6 +27,7 @@ def test_phases_add_up_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_command_accounts_for_a_step(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     command = [sys.executable, "launch/profile_step.py", "--steps", "2", "--json", "-", "--trace", str(trace), *TINY]

@@ -61,7 +61,7 @@ def test_rows_5_6_7_and_14(rows: str, row: int, findings: int) -> None:
     assert rows.count(f"row {row}: ") - 1 >= findings
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(12_000)])])
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(12_000)])])
 def test_killed_at_random_moments_again_and_again(tmp_path: Path, kills: int) -> None:
     printed = program("random_kills.py", tmp_path, kills, 1, timeout=max(1500, 60 * kills))
     assert f"{kills} kills within" in printed and "each once" in printed
