@@ -1,14 +1,19 @@
 """Sweeps through a real Slurm whose tasks are put back, cancelled and told that their time is over, and whose nodes go down. In
-the end all is done, and the weights are bitwise those of a sweep to which nothing happened."""
+the end all is done, and the weights are bitwise those of a sweep to which nothing happened.
+
+What is to be disturbed is held until it is, so that no machine is too fast: its workers are stopped once they have taken a few
+steps, and go on when they are released.
+"""
 
 import json
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -19,7 +24,7 @@ from wads_dist.errors import ExitCode
 
 pytestmark = [pytest.mark.slurm, pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1800)]
 CATEGORIES = ["demo_biscuit", "demo_leafplate", "demo_washer"]
-STEPS, EVERY = 60, 4
+STEPS, EVERY = 24, 4
 OPTIONS = (
     "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
     f"--model.latent 16 --trainer.global_batch_size {BATCH} --trainer.samples {BATCH * STEPS} --trainer.log_every 1 "
@@ -71,18 +76,49 @@ class Started:
         path = self.out / "sweep.json"
         return [job["job"] for job in json.loads(path.read_text())["jobs"]] if path.is_file() else []
 
-    def wait_for_steps(self, category: str, count: int = EVERY + 2) -> None:
-        """Until so many steps were taken since now, so that there is a checkpoint among them."""
-        before = len(events(self.run, "step", category=category))
+    def workers(self, category: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if {"wads_dist.worker", str(self.run), category} <= set(process.cmdline()):
+                    found.append(process)
+        return found
 
-        def taken() -> bool:
+    def hold(self, *categories: str) -> None:
+        """Stops each category's workers once they have taken so many steps that there is a checkpoint among them."""
+        left = set(categories)
+
+        def held() -> bool:
             assert self.process.poll() is None, self.said()
-            return len(events(self.run, "step", category=category)) >= before + count
+            for category in sorted(left):
+                kinds = [e["event"] for e in events(self.run, "start", "resume", "step", category=category)]
+                if kinds[-EVERY - 2 :] == ["step"] * (EVERY + 2):
+                    for worker in self.workers(category):
+                        worker.suspend()
+                    left.remove(category)
+            return not left
 
-        wait_for(taken, f"{category} takes steps", 600)
+        wait_for(held, f"{', '.join(categories)} take steps", 600)
+
+    def release(self, category: str, *, when_asked: bool = False) -> None:
+        """Lets the category's workers go on; ``when_asked``: to stop, which a held one finds out afterwards."""
+
+        def asked() -> bool:
+            return all(w.status() != psutil.STATUS_STOPPED or sigterm_waits(w.pid) for w in self.workers(category))
+
+        if when_asked:
+            wait_for(asked, f"the workers of {category} are asked to stop")
+        for worker in self.workers(category):
+            with suppress(psutil.NoSuchProcess):
+                worker.resume()
 
     def ended(self) -> int:
         return self.process.wait(900)
+
+
+def sigterm_waits(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("ShdPnd:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @contextmanager
@@ -113,7 +149,7 @@ def test_a_disturbed_array_ends_as_the_undisturbed_run(
 ) -> None:
     with started(slurm, tmp_path / "sweep", shards, "--ranks", "1") as start:
         requeued, lost, left = CATEGORIES
-        start.wait_for_steps(requeued)
+        start.hold(requeued, lost)
         (job,) = start.jobs
         # The same command again, while all of its tasks are in the queue.
         again = subprocess.run([*start.command, "--no-watch"], cwd=REPOSITORY, env=slurm.environment, text=True,
@@ -121,16 +157,17 @@ def test_a_disturbed_array_ends_as_the_undisturbed_run(
         assert again.returncode == 0 and start.jobs == [job] and "In the queue already: 3 tasks" in again.stdout
 
         slurm.run("scontrol", "requeue", f"{job}_0")
-        start.wait_for_steps(lost)
+        start.release(requeued, when_asked=True)
+        # It makes room for the third task. A daemon that dies and comes back alone: its task does not notice.
+        start.hold(left)
+        node = slurm.node(f"{job}_2")
+        slurm.kill_node(node, tasks=False)
+        slurm.start_node(node)
+        start.release(left)
+
         node = slurm.node(f"{job}_1")
         slurm.kill_node(node, tasks=True)
         wait_for(lambda: "down" in slurm.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T"), "it is missed")
-        slurm.start_node(node)
-
-        # A daemon that dies and comes back alone: its task does not notice.
-        start.wait_for_steps(left)
-        node = slurm.node(f"{job}_2")
-        slurm.kill_node(node, tasks=False)
         slurm.start_node(node)
 
         assert start.ended() == 0, start.said()
@@ -148,9 +185,10 @@ def test_a_task_that_is_told_of_its_time_limit_saves_and_goes_back(slurm: Slurm,
     """As ``--signal=B:USR1@120`` does: the signal reaches the batch shell alone. Two ranks, which both must be told."""
     category = CATEGORIES[0]
     with started(slurm, tmp_path / "sweep", shards, "--ranks", "2", "--data.categories", category) as start:
-        start.wait_for_steps(category)
+        start.hold(category)
         (job,) = start.jobs
         slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
+        start.release(category, when_asked=True)
         wait_for(lambda: "saved, and back in the queue" in start.said(), "it says so", 120)
         assert events(start.run, "preempted", category=category)
         saved = events(start.run, "checkpoint", category=category)[-1]["step"]
@@ -165,9 +203,10 @@ def test_a_cancelled_task_saves_and_the_same_command_submits_it_again(
     category, other = CATEGORIES[:2]
     options = ("--ranks", "1", "--data.categories", f"{category},{other}")
     with started(slurm, tmp_path / "sweep", shards, *options) as start:
-        start.wait_for_steps(category)
+        start.hold(category)
         (job,) = start.jobs
         slurm.run("scancel", f"{job}_0")
+        start.release(category, when_asked=True)
         assert start.ended() == ExitCode.PREEMPTED, start.said()
         assert summary(start)["missing"] == {"run": [category]} and summary(start)["failed"] == {}
         assert events(start.run, "preempted", category=category)
