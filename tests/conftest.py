@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,33 +31,25 @@ def environment(**extra: str) -> dict[str, str]:
 
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
-    """Runs a program of ``tests/wads_dist/programs`` as ``world`` real ranks; returns what each printed, in rank order."""
+    """Runs a program of ``tests/wads_dist/programs`` as ``world`` real ranks; returns what each printed, in rank order.
 
-    def run(program: str, world: int, *arguments: str, timeout: float = 400, accelerator: str = "cpu") -> list[str]:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
-        script = REPOSITORY / "tests/wads_dist/programs" / program
+    ``fork`` is for programs that need nothing else of their environment than CPU ranks while they import.
+    """
+    from tests.support.forked import Ranks
+
+    def run(program: str, world: int, *arguments: str, accelerator: str = "cpu", fork: bool = True) -> list[str]:
         logs = [tmp_path / f"{program}-{rank}.log" for rank in range(world)]
-        ranks = []
-        for rank, log in enumerate(logs):
-            env = environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(world),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-                DS_ACCELERATOR=accelerator,
-            )
-            with log.open("wb") as out:
-                ranks.append(subprocess.Popen([sys.executable, script, *arguments], env=env, stdout=out, stderr=out))
+        command = [str(REPOSITORY / "tests/wads_dist/programs" / program), *arguments]
+        env = environment(DS_ACCELERATOR=accelerator)
+        ranks = Ranks(world, command, env, logs, fork=fork and accelerator == "cpu")
         try:
-            codes = [process.wait(timeout) for process in ranks]
+            ranks.wait(400)
         finally:
-            for process in ranks:
-                process.kill()
+            ranks.kill()
         printed = [log.read_text() for log in logs]
-        assert codes == [0] * world, "\n".join(f"--- rank {r}: {t[-3000:]}" for r, t in enumerate(printed))
+        assert ranks.codes == [0] * world, "\n".join(
+            f"--- rank {r} ended with {ranks.codes[r]}: {text[-3000:]}" for r, text in enumerate(printed)
+        )
         return printed
 
     return run

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY, environment
-from tests.wads_dist.faults.launching import CATEGORY, OPTIONS, events, free_port, launched, processes, summary
+from tests.wads_dist.faults.launching import BATCH, CATEGORY, OPTIONS, events, free_port, launched, processes, summary
 from wads_dist.errors import ExitCode
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 CLUSTER = REPOSITORY / "configs" / "cluster"
+SHORT = [*OPTIONS, "--trainer.samples", str(BATCH * 24)]
 STUBS = {
     "scontrol": """case $1 in show) echo localhost ;; requeue) echo "put back: $2" ;; esac""",
     "srun": """while [[ $1 == --* ]]; do shift; done
@@ -43,7 +44,7 @@ def test_tasks_of_slurm_save_on_sigusr1_and_go_on(demo_shards: Path, tmp_path: P
     job = {"JOB_ID": "4711", "JOB_NODELIST": "localhost", "NTASKS": "2", "NTASKS_PER_NODE": "2", "CPUS_PER_TASK": "1"}
     env = {f"SLURM_{name}": value for name, value in job.items()} | {"SLURM_SUBMIT_DIR": str(REPOSITORY)}
     env |= {"PATH": f"{bin}:{environment()['PATH']}", "USER": "me"}
-    command = ["bash", str(script), *OPTIONS]
+    command = ["bash", str(script), *SHORT]
     with launched(run, command, tmp_path / "log", **env) as first:
         first.wait_for_steps(2)
         for process in processes(run):  # as Slurm signals the processes that it has started
@@ -60,7 +61,7 @@ def test_tasks_of_slurm_save_on_sigusr1_and_go_on(demo_shards: Path, tmp_path: P
 def test_a_pod_saves_on_sigterm_and_its_successor_goes_on(demo_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     trainer = list(yaml.safe_load_all((CLUSTER / "trainjob.yaml").read_text()))[1]["spec"]["trainer"]
-    text = shlex.join([*trainer["command"], *trainer["args"], *OPTIONS])
+    text = shlex.join([*trainer["command"], *trainer["args"], *SHORT])
     for placeholder, ours in (("/data", demo_shards), ("/runs/mvtec", run), ("/cache", tmp_path)):
         text = text.replace(f"={placeholder}", f"={ours}")
     pod = {

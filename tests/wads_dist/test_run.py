@@ -19,7 +19,7 @@ from wads_dist.errors import ExitCode, ResumeError, WadsError
 from wads_dist.groups import Place
 from wads_dist.leases import Owner, Queue
 from wads_dist.record import Outcome, mean_of, open_run, record_summary, summarise
-from wads_dist.rendezvous import Launch
+from wads_dist.rendezvous import Launch, free_port
 from wads_dist.rescore import evaluate_run
 from wads_dist.run import conclude, died, train_run
 from wads_dist.supervisor import first_cause
@@ -36,7 +36,8 @@ def command(shards: Path, run: Path, *more: str) -> list[str]:
 
 def launch(arguments: list[str], ranks: int | None = None, timeout: float = 400) -> "subprocess.CompletedProcess[str]":
     """``launch/train.py``, under DeepSpeed's launcher when ``ranks`` is given."""
-    program = [sys.executable] if ranks is None else ["deepspeed", "--num_accelerators", str(ranks)]
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    program = [sys.executable] if ranks is None else launcher
     return subprocess.run(
         [*program, "launch/train.py", *arguments],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=timeout,

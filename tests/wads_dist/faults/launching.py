@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
+from tests.support.forked import Ranks
 
 CATEGORY = "demo_biscuit"
 BATCH, STEPS, EVERY = 8, 60, 4
@@ -59,7 +60,11 @@ def processes(run: Path) -> list[Process]:
             variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue  # it ended meanwhile
-        rank = next((int(v.removeprefix("RANK=")) for v in variables if v.startswith("RANK=")), -1)
+        # A rank that was forked, not started, has the environment of what it was forked from.
+        ranks = [
+            word.rpartition("=")[2] for word in variables + arguments if word.startswith(("RANK=", "--local_rank="))
+        ]
+        rank = int(ranks[0]) if ranks else -1
         if "--run" in arguments:
             kind = "worker"
         elif "deepspeed.launcher.launch" in arguments:
@@ -93,16 +98,19 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 class Launched:
-    """One start of ``deepspeed … launch/train.py`` on a run's folder."""
+    """One start of a command on a run's folder."""
 
-    def __init__(self, run: Path, command: list[str], log: Path, **extra: str) -> None:
+    def __init__(self, run: Path, command: "list[str] | Unlaunched", log: Path, **extra: str) -> None:
         self.run, self.log = run, log
         self.steps_before = len(events(run, "step"))
+        self.process: subprocess.Popen[bytes] | Ranks
         with log.open("wb") as out:
-            # A group of its own, as a terminal would give it.
-            self.process = subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment(**extra), stdout=out, stderr=out, start_new_session=True
-            )
+            if isinstance(command, Unlaunched):
+                self.process = Ranks(command.world, command.words, environment(**extra), [log] * command.world)
+            else:  # a group of its own, as a terminal would give it
+                self.process = subprocess.Popen(
+                    command, cwd=REPOSITORY, env=environment(**extra), stdout=out, stderr=out, start_new_session=True
+                )
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -132,14 +140,29 @@ class Launched:
         return self.process.returncode, seconds
 
 
-def command(shards: Path, run: Path, *more: str, program: str = "launch/train.py") -> list[str]:
-    """Two CPU ranks of the category."""
-    head = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), program]
+@dataclass(frozen=True)
+class Unlaunched:
+    """Ranks that no launcher starts, as on Slurm; forked, and so are their workers."""
+
+    world: int
+    words: list[str]
+
+
+def unlaunched(
+    shards: Path, run: Path, *more: str, ranks: int = 2, program: str = "tests/support/train.py"
+) -> Unlaunched:
+    """CPU ranks of the category, for what is not about the launcher: they start in a moment."""
+    return Unlaunched(ranks, [program, "--data.shards", str(shards), "--run.dir", str(run), *OPTIONS, *more])
+
+
+def command(shards: Path, run: Path, *more: str) -> list[str]:
+    """Two CPU ranks of the category under DeepSpeed's launcher."""
+    head = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "launch/train.py"]
     return [*head, "--data.shards", str(shards), "--run.dir", str(run), *OPTIONS, *more]
 
 
 @contextmanager
-def launched(run: Path, arguments: list[str], log: Path, **extra: str) -> Iterator[Launched]:
+def launched(run: Path, arguments: list[str] | Unlaunched, log: Path, **extra: str) -> Iterator[Launched]:
     """Starts ``arguments``; whatever happens inside, nothing of the run is left afterwards."""
     start = Launched(run, arguments, log, **extra)
     try:

@@ -13,7 +13,7 @@ import pytest
 
 from shards.demo import demo
 from tests.conftest import REPOSITORY, environment
-from tests.wads_dist.faults.launching import BATCH, CATEGORY, STEPS, command, events, launched, wait_for
+from tests.wads_dist.faults.launching import BATCH, CATEGORY, STEPS, events, launched, unlaunched, wait_for
 from wads_dist.checkpoint_files import main as checkpoint_command
 from wads_dist.errors import ExitCode
 
@@ -70,25 +70,25 @@ def test_killed_at_random_moments_again_and_again(tmp_path: Path, kills: int) ->
 def test_the_same_command_goes_on_with_another_number_of_ranks_and_past_damage(
     demo_shards: Path, tmp_path: Path
 ) -> None:
-    """Under the launcher: rows 2, 6 and 14 as a person meets them."""
+    """Rows 2, 6 and 14 as a person meets them."""
     run, other = tmp_path / "run", tmp_path / "shards"
     checkpoints = run / CATEGORY / "checkpoints"
 
     def saves() -> int:
         return len(events(run, "checkpoint"))
 
-    with launched(run, command(demo_shards, run), tmp_path / "1.log") as start:
+    with launched(run, unlaunched(demo_shards, run), tmp_path / "1.log") as start:
         wait_for(lambda: saves() >= 3 or start.process.poll() is not None, "three checkpoints are written")
         start.kill(signal.SIGKILL, "worker", 1)
         assert start.ended(120)[0] != 0
     shown = checkpoint_command(["verify", str(run)])
     assert shown == 0  # whole, whatever the worker was doing
 
-    with launched(run, command(demo_shards, run, "--trainer.seed", "1"), tmp_path / "2.log") as start:
+    with launched(run, unlaunched(demo_shards, run, "--trainer.seed", "1"), tmp_path / "2.log") as start:
         assert start.ended(120)[0] == ExitCode.REFUSED_RESUME
         assert "trainer.seed: 0 → 1" in start.text()
     demo(other, categories=1, seed=5, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)
-    with launched(run, command(other, run), tmp_path / "3.log") as start:
+    with launched(run, unlaunched(other, run), tmp_path / "3.log") as start:
         assert start.ended(120)[0] == ExitCode.REFUSED_RESUME
         assert "was trained on other data" in start.text() and "train-000000.tar: other content" in start.text()
 
@@ -99,8 +99,7 @@ def test_the_same_command_goes_on_with_another_number_of_ranks_and_past_damage(
     shard.write_bytes(data)
     assert checkpoint_command(["verify", str(run)]) == 3
     before = saves()
-    one_rank = ["1" if word == "2" else word for word in command(demo_shards, run)]
-    with launched(run, one_rank, tmp_path / "4.log") as start:
+    with launched(run, unlaunched(demo_shards, run, ranks=1), tmp_path / "4.log") as start:
         wait_for(lambda: saves() > before or start.process.poll() is not None, "a checkpoint of one rank is written")
         start.kill(signal.SIGKILL, "worker", 0)
         assert start.ended(120)[0] != 0
@@ -109,7 +108,7 @@ def test_the_same_command_goes_on_with_another_number_of_ranks_and_past_damage(
     (event,) = events(run, "quarantine")
     assert event["checkpoint"] == newest.name and "optim_states.pt has other bytes" in event["problems"][0]
 
-    with launched(run, command(demo_shards, run), tmp_path / "5.log") as start:
+    with launched(run, unlaunched(demo_shards, run), tmp_path / "5.log") as start:
         assert start.ended(600)[0] == 0, start.text()[-3000:]
     starts = events(run, "start", "resume")
     assert [event["world_size"] for event in starts] == [2, 1, 2]

@@ -1,4 +1,4 @@
-"""Rows 11 and 13 of the fault table through the launcher: two ranks, five categories damaged in five ways and a good one. The
+"""Rows 11 and 13 of the fault table: two ranks, five categories damaged in five ways and a good one. The
 damage itself is tested shard by shard in ``tests/shards/test_verify.py``, whose ways to damage are used here."""
 
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.shards.test_verify import reseal, rewrite
-from tests.wads_dist.faults.launching import CATEGORY, command, events, launched, summary
+from tests.wads_dist.faults.launching import CATEGORY, events, launched, summary, unlaunched
 from wads_dist.errors import ExitCode
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
@@ -72,7 +72,7 @@ def test_damaged_data_is_named_and_costs_the_other_categories_nothing(whole: Pat
     names = sorted(path.name for path in shards.iterdir() if path.is_dir())
     assert len(names) == 6 and CATEGORY in names
     said = damage(shards, [name for name in names if name != CATEGORY])
-    arguments = command(shards, run, *SHORT, "--data.mode", mode, "--data.categories", "all")
+    arguments = unlaunched(shards, run, *SHORT, "--data.mode", mode, "--data.categories", "all")
     with launched(run, arguments, tmp_path / "log") as start:
         code, seconds = start.ended(600)
     text = start.text().replace("\n", "")
@@ -92,7 +92,7 @@ def test_damaged_data_is_named_and_costs_the_other_categories_nothing(whole: Pat
         mended = next(iter(said))
         shutil.copy(whole / mended / TRAIN, shards / mended / TRAIN)
         metrics = (run / CATEGORY / "metrics.json").read_bytes()
-        again = command(shards, run, *SHORT, "--data.mode", mode, "--data.categories", f"{CATEGORY},{mended}")
+        again = unlaunched(shards, run, *SHORT, "--data.mode", mode, "--data.categories", f"{CATEGORY},{mended}")
         with launched(run, again, tmp_path / "log") as start:
             code, _ = start.ended(600)
         assert code == 0 and f"{CATEGORY}: done already" in start.text()
@@ -107,6 +107,6 @@ def test_the_only_category_fails_with_the_code_for_data(whole: Path, tmp_path: P
     shards, run = tmp_path / "shards", tmp_path / "run"
     shutil.copytree(whole, shards)
     key = cut(shards / CATEGORY / TRAIN, 0)
-    with launched(run, command(shards, run, *SHORT), tmp_path / "log") as start:
+    with launched(run, unlaunched(shards, run, *SHORT), tmp_path / "log") as start:
         code, _ = start.ended(600)
     assert code == ExitCode.BAD_DATA and f"{CATEGORY}/{TRAIN}: {key} is incomplete" in start.text()

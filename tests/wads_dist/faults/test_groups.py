@@ -1,29 +1,39 @@
 """Categories side by side: 15 of them under one launch of two and of four ranks, and what a fault in one group does to the
-others.
+others. Faults fall while workers are held within a step.
 
 Every rank has one thread, whatever their number: sums over several threads round differently.
 """
 
 import os
+import shutil
 import signal
-import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.wads_dist.faults.launching import Launched, events, free_port, launched, processes, summary, wait_for
+from tests.wads_dist.faults.launching import (
+    Launched,
+    Unlaunched,
+    events,
+    free_port,
+    launched,
+    processes,
+    summary,
+    wait_for,
+)
 from wads_dist.errors import ExitCode
 from wads_dist.leases import attempts_of
 from wads_dist.status import rank_times
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1500)]
-STEPS = 8
+STEPS = 2
 OPTIONS = (
     "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
     f"--model.latent 16 --trainer.global_batch_size 8 --trainer.samples {8 * STEPS} --trainer.log_every 1 "
-    "--trainer.threads 1 --checkpoint.every_steps 2 --checkpoint.keep 1 --checkpoint.keep_best false"
+    "--trainer.threads 1 --checkpoint.every_steps 1 --checkpoint.keep 1 --checkpoint.keep_best false"
 ).split()
 FOUR = ["demo_biscuit", "demo_gear", "demo_leafplate", "demo_weave"]
 EIGHT = [*FOUR, "demo_bolt", "demo_button", "demo_chip", "demo_dial"]
@@ -39,13 +49,15 @@ def shards(module_path: Path) -> Path:
     return out
 
 
-def command(shards: Path, run: Path, ranks: int, categories: list[str] | None = None, *more: str) -> list[str]:
-    """``deepspeed`` with so many ranks; the program alone for none."""
+def command(shards: Path, run: Path, ranks: int, categories: list[str] | None = None, *more: str) -> Unlaunched:
     names = ",".join(categories or ["all"])
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    head = launcher if ranks else [sys.executable]
     what = ["--data.shards", str(shards), "--run.dir", str(run), "--data.categories", names]
-    return [*head, "launch/train.py", *what, *OPTIONS, *more]
+    return Unlaunched(ranks, ["tests/support/train.py", *what, *OPTIONS, *more])
+
+
+def under_launcher(command: Unlaunched) -> list[str]:
+    """For what the launcher has a part in."""
+    return ["deepspeed", "--num_accelerators", str(command.world), "--master_port", str(free_port()), *command.words]
 
 
 def trained(run: Path) -> list[str]:
@@ -115,18 +127,16 @@ def test_two_categories_of_one_rank_come_out_the_same_on_cores_of_their_own(
 ) -> None:
     run = tmp_path / "run"
     options = ("--parallel.categories_per_gpu", "2", "--parallel.pin_cores", "true")
-    with launched(run, command(shards, run, 0, FOUR[:3], *options), tmp_path / "log") as start:
-        wait_for(lambda: disjoint_cores(run), "two workers run, each on cores of its own")
+    with held(run, command(shards, run, 1, FOUR[:3], *options)) as start:
+        wait_for(lambda: disjoint_cores(run), "each of two workers keeps to cores of its own")
+        release(run)
         ends_well(start)
     assert all(same(run, by_two, name) for name in FOUR[:3])
 
 
 def disjoint_cores(run: Path) -> bool:
-    """Workers start on all cores and then keep to theirs; one that has ended meanwhile has none."""
-    with suppress(ProcessLookupError):
-        cores = [os.sched_getaffinity(pid) for pid in workers(run)]
-        return len(cores) == 2 and not set.intersection(*cores)
-    return False
+    """Workers start on all cores and then keep to theirs."""
+    return not set.intersection(*(os.sched_getaffinity(pid) for pid in workers(run)))
 
 
 def workers(run: Path) -> list[int]:
@@ -135,8 +145,8 @@ def workers(run: Path) -> list[int]:
 
 def test_two_launches_on_one_folder_share_the_work(shards: Path, by_two: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    one = [command(shards, run, 0, FOUR) for _ in range(2)]
-    with launched(run, one[0], tmp_path / "1.log") as first, launched(run, one[1], tmp_path / "2.log") as second:
+    one = command(shards, run, 1, FOUR)
+    with launched(run, one, tmp_path / "1.log") as first, launched(run, one, tmp_path / "2.log") as second:
         for start in (first, second):
             assert start.process.wait(900) == 0, start.text()[-3000:]
     attempts = [attempts_of(run, name) for name in FOUR]
@@ -145,11 +155,32 @@ def test_two_launches_on_one_folder_share_the_work(shards: Path, by_two: Path, t
     assert all(same(run, by_two, name) for name in FOUR)
 
 
-def both_train(run: Path, start: Launched) -> bool:
-    """Each of two workers has taken a step since it started, and none is done; or the launch has ended."""
-    new = [e[-1] for name in EIGHT if (e := events(run, "start", "resume", "step", "done", category=name))]
-    under_way = [event for event in new if event["event"] == "step" and event["samples"] < 8 * STEPS]
-    return (len(under_way) == 2 and len(workers(run)) == 2) or start.process.poll() is not None
+def hold_of(run: Path) -> Path:
+    return run.with_name("hold")
+
+
+@contextmanager
+def held(run: Path, arguments: Unlaunched | list[str]) -> Iterator[Launched]:
+    """A launch once its two groups are within a step, which they end after ``release`` or when they are asked to stop."""
+    hold = hold_of(run)
+    hold.mkdir()
+    try:
+        with launched(run, arguments, run.with_name("log"), HOLD=str(hold)) as start:
+
+            def both_wait() -> bool:
+                assert start.process.poll() is None, start.text()[-3000:]
+                return len(workers(run)) == 2 and {str(pid) for pid in workers(run)} <= {p.name for p in hold.iterdir()}
+
+            wait_for(both_wait, "both groups train")
+            yield start
+    finally:
+        release(run)
+
+
+def release(run: Path) -> None:
+    with suppress(FileNotFoundError):
+        hold = hold_of(run)
+        shutil.rmtree(hold.rename(hold.with_name("released")))  # at once, whatever is written there
 
 
 def at_work(run: Path, group: str) -> str:
@@ -169,10 +200,10 @@ def test_a_killed_worker_is_tried_again_and_the_other_group_does_not_notice(
     shards: Path, by_two: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with launched(run, command(shards, run, 2, EIGHT[:2]), tmp_path / "log") as start:
-        wait_for(lambda: both_train(run, start), "both groups train")
+    with held(run, command(shards, run, 2, EIGHT[:2])) as start:
         killed, other = at_work(run, "g0"), at_work(run, "g1")
         start.kill(signal.SIGKILL, "worker", 0)
+        release(run)
         ends_well(start)
     ends = {name: [a.end.code if a.end else None for a in attempts_of(run, name)] for name in (killed, other)}
     print(f"the worker of {killed} was killed; attempts ended with {ends}")
@@ -184,8 +215,7 @@ class TestOneRunThatThingsHappenTo:
     """Eight categories on two ranks, a group each. Every fault ends the launch, and the same command goes on."""
 
     def test_one_rank_is_asked_to_stop_and_both_groups_save(self, shards: Path, run: Path) -> None:
-        with launched(run, command(shards, run, 2, EIGHT), run.parent / "log") as start:
-            wait_for(lambda: both_train(run, start), "both groups train")
+        with held(run, command(shards, run, 2, EIGHT)) as start:
             both = [at_work(run, "g0"), at_work(run, "g1")]
             start.kill(signal.SIGTERM, "supervisor", 1)
             code, seconds = start.ended(60)
@@ -195,8 +225,7 @@ class TestOneRunThatThingsHappenTo:
         assert code == record["exit_code"] == ExitCode.PREEMPTED and record["failed"] == {} and not record["complete"]
 
     def test_a_killed_supervisor_ends_the_launch_and_the_other_group_saves(self, shards: Path, run: Path) -> None:
-        with launched(run, command(shards, run, 2, EIGHT), run.parent / "log") as start:
-            wait_for(lambda: both_train(run, start), "both groups train")
+        with held(run, under_launcher(command(shards, run, 2, EIGHT))) as start:
             mine = at_work(run, "g0")
             start.kill(signal.SIGKILL, "supervisor", 1)
             code, seconds = start.ended(60)
@@ -204,8 +233,7 @@ class TestOneRunThatThingsHappenTo:
         assert code == 247 and last_event(run, mine) in ("preempted", "done")
 
     def test_a_killed_launcher_leaves_no_orphan_and_all_save(self, shards: Path, run: Path) -> None:
-        with launched(run, command(shards, run, 2, EIGHT), run.parent / "log") as start:
-            wait_for(lambda: both_train(run, start), "both groups train")
+        with held(run, under_launcher(command(shards, run, 2, EIGHT))) as start:
             both = [at_work(run, "g0"), at_work(run, "g1")]
             start.kill(signal.SIGKILL, "launch")
             code, seconds = start.ended(60)

@@ -1,4 +1,4 @@
-"""Rows 9, 10 and 12 of the fault table through the launcher: a NaN, a spike, a slow rank and a hung rank in one run of two
+"""Rows 9, 10 and 12 of the fault table: a NaN, a spike, a slow rank and a hung rank in one run of two
 ranks; then nothing but NaN. That a skipped step leaves nothing behind is shown bitwise in ``test_engines.py``."""
 
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wads_dist.faults.launching import BATCH, CATEGORY, Launched, command, events, launched, summary
+from tests.wads_dist.faults.launching import BATCH, CATEGORY, events, launched, summary, unlaunched
 from wads_dist.errors import ExitCode
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
@@ -22,10 +22,9 @@ def run(module_path: Path) -> Path:
 
 def start(shards: Path, run: Path, faults: list[tuple[str, int, int, int]]) -> tuple[int, str]:
     """Exit code and output of the run with faulty workers."""
-    arguments = command(shards, run, *SETTINGS, program=PROGRAM)
+    arguments = unlaunched(shards, run, *SETTINGS, program=PROGRAM)
     log = run.parent / "log"
     with launched(run, arguments, log, FAULTS=json.dumps(faults), BATCH=str(BATCH)) as faulty:
-        assert isinstance(faulty, Launched)
         code, _ = faulty.ended(500)
     return code, log.read_text()
 

@@ -16,12 +16,14 @@ from tests.wads_dist.faults.launching import (
     EVERY,
     STEPS,
     Launched,
+    Unlaunched,
     command,
     events,
     launched,
     processes,
     same_weights,
     summary,
+    unlaunched,
 )
 from wads_dist.errors import ExitCode
 
@@ -37,10 +39,10 @@ def run(module_path: Path) -> Path:
 
 
 @contextmanager
-def under_way(shards: Path, run: Path) -> Iterator[Launched]:
+def under_way(arguments: list[str] | Unlaunched, run: Path) -> Iterator[Launched]:
     """The run's command, started again, a few steps after it has gone on from where the last fault left it."""
     known, saved = len(events(run, "start", "resume")), events(run, "checkpoint")
-    with launched(run, command(shards, run), run.parent / "log") as start:
+    with launched(run, arguments, run.parent / "log") as start:
         start.wait_for_steps(2)
         begun = events(run, "start", "resume")[known:]
         assert len(begun) == 1 and begun[0]["step"] == (saved[-1]["step"] if saved else 0)
@@ -66,7 +68,7 @@ def check_saved_and_stopped(run: Path, start: Launched, code: int) -> None:
 def test_one_rank_is_asked_to_stop_and_all_save(
     demo_shards: Path, run: Path, how: signal.Signals, kind: str, rank: int
 ) -> None:
-    with under_way(demo_shards, run) as start:
+    with under_way(unlaunched(demo_shards, run), run) as start:
         start.kill(how, kind, rank)
         code, seconds = start.ended(SOON)
         print(
@@ -76,7 +78,7 @@ def test_one_rank_is_asked_to_stop_and_all_save(
 
 
 def test_a_second_signal_ends_at_once(demo_shards: Path, run: Path) -> None:
-    with under_way(demo_shards, run) as start:
+    with under_way(unlaunched(demo_shards, run), run) as start:
         start.kill(signal.SIGSTOP, "worker", 1)  # so that no step can be finished
         time.sleep(1)
         saved = len(events(run, "checkpoint"))
@@ -91,7 +93,7 @@ def test_a_second_signal_ends_at_once(demo_shards: Path, run: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "expected"), [("worker", 128 + signal.SIGKILL), ("supervisor", 247)])
 def test_a_killed_rank_ends_all(demo_shards: Path, run: Path, kind: str, expected: int) -> None:
-    with under_way(demo_shards, run) as start:
+    with under_way(command(demo_shards, run), run) as start:
         start.kill(signal.SIGKILL, kind, 1)
         code, seconds = start.ended(SOON)
         print(f"kill -9 of the {kind} of rank 1: exit code {code}, nothing left after {seconds:.1f} s")
@@ -107,7 +109,7 @@ def test_a_launcher_that_dies_leaves_no_orphan(
     demo_shards: Path, run: Path, how: signal.Signals, kind: str, expected: int
 ) -> None:
     """DeepSpeed exits 0 when its inner process is killed: only the summary tells the truth."""
-    with under_way(demo_shards, run) as start:
+    with under_way(command(demo_shards, run), run) as start:
         start.kill(how, kind)
         code, seconds = start.ended(SOON)
         print(f"{how.name} to {kind}: it exits with {code}; all saved, nothing left after {seconds:.1f} s")
@@ -116,7 +118,7 @@ def test_a_launcher_that_dies_leaves_no_orphan(
 
 
 def test_an_interrupt_from_the_terminal_ends_everything(demo_shards: Path, run: Path) -> None:
-    with under_way(demo_shards, run) as start:
+    with under_way(command(demo_shards, run), run) as start:
         saved = len(events(run, "checkpoint"))
         os.killpg(start.process.pid, signal.SIGINT)
         code, seconds = start.ended(SOON)
@@ -127,7 +129,7 @@ def test_an_interrupt_from_the_terminal_ends_everything(demo_shards: Path, run: 
 
 
 def test_after_all_that_the_run_ends_as_the_unbroken_one(demo_shards: Path, run: Path, unbroken: Path) -> None:
-    with launched(run, command(demo_shards, run), run.parent / "log") as start:
+    with launched(run, unlaunched(demo_shards, run), run.parent / "log") as start:
         code, _ = start.ended(600)
     assert code == 0 and summary(run)["complete"] and summary(run)["exit_code"] == 0
     lives = events(run, "start", "resume")

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import common
 
+import tests.support.imported  # noqa: F401
 from wads_dist.checkpoint import DataHashes
 from wads_dist.distributed import Ranks
 
