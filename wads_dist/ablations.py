@@ -59,7 +59,7 @@ class LbpModel(Wads):
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         reconstruction, code = self.generator.reconstruct(image)
-        return reconstruction, lbp_maps(image.cpu(), reconstruction.float().cpu()).to(image.device), code
+        return reconstruction, lbp_maps(image, reconstruction.float()), code
 
 
 def ablations(given: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from skimage.feature import local_binary_pattern
 from torch import Tensor
 
-from wads_dist.lbp import lbp_maps
+from wads_dist.lbp import NEIGHBOURS, THRESHOLD, lbp_maps, patterns
 
 
 def stripes(period: int, vertical: bool) -> Tensor:
@@ -22,17 +21,29 @@ def test_equal_images_are_no_distance_apart() -> None:
 
 
 def test_the_distance_is_that_of_the_histograms() -> None:
-    """One pixel by another way: scikit-image's patterns counted in the 16×16 pixels around it."""
+    """One pixel by another way: the patterns counted in the 16×16 pixels around it."""
     x, y = noise(), stripes(3, vertical=True)
 
     def histogram(image: Tensor) -> np.ndarray:
-        grey = (image[0] * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
-        patterns = local_binary_pattern((grey * 255).round().byte().numpy(), 8, 1, "uniform")
-        return np.bincount(patterns[30 - 8 : 30 + 8, 40 - 8 : 40 + 8].astype(int).ravel(), minlength=10) / 256
+        return np.bincount(patterns(image[0])[30 - 8 : 30 + 8, 40 - 8 : 40 + 8].flatten(), minlength=256) / 256
 
     h, g = histogram(x), histogram(y)
     expected = 0.5 * sum((a - b) ** 2 / (a + b) for a, b in zip(h, g, strict=True) if a + b)
     assert lbp_maps(x, y)[0, 30, 40].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_each_neighbour_has_its_bit() -> None:
+    codes = set()
+    for y, x in NEIGHBOURS:
+        grey = torch.full((3, 3), 0.3)
+        grey[1 + y, 1 + x] += THRESHOLD + 0.01
+        codes.add(patterns(grey.expand(3, 3, 3))[1, 1].item())
+    assert codes == {2**i for i in range(8)}
+
+
+def test_grain_below_the_threshold_is_no_pattern() -> None:
+    """A photograph has it and its reconstruction has not."""
+    assert lbp_maps(0.5 + 0.9 * THRESHOLD * noise(), torch.full((1, 3, 64, 64), 0.5)).max() == 0
 
 
 def test_a_texture_that_was_changed_stands_out_where_it_was() -> None:
