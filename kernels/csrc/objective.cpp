@@ -243,7 +243,7 @@ inline float sigmoid(float z) {
     return z < 0 ? e * r : r;
 }
 
-// σ(z) σ(−z), the derivative of σ.
+// σ(z) σ(−z), the derivative of σ; beyond ±87 it stays where it is there, below 2e−38.
 inline float sigmoid_slope(float z) {
     const float e = exp_minus(std::fabs(z)), r = 1 / (1 + e);
     return e * r * r;
@@ -300,10 +300,10 @@ ImageSums segmentation(const float* z, const float* mask, int64_t pixels, float 
             focal += power * cross_entropy;
             if constexpr (kl == Kl::area) p += area.p(logit), q += area.q(logit);
             if constexpr (kl == Kl::reverse_pixel) p += std::min(logit, 0.0f) - tail, q -= std::max(logit, 0.0f) + tail;
-            // H(σ(z)) = |z| σ(−|z|) + log(1 + e^−|z|): nothing cancels. Beyond 87, where σ(−|z|) stays, so does |z|.
+            // H(σ(z)) = |z| σ(−|z|) + log(1 + e^−|z|): nothing cancels.
             if constexpr (kl == Kl::pixel) {
-                const float size = std::min(std::fabs(logit), 87.0f);
-                p -= size * sigmoid(-size) + tail, q += sigmoid(logit);
+                const float size = std::fabs(logit);
+                p -= size * (size > 87 ? 0 : sigmoid(-size)) + tail, q += sigmoid(logit);
             }
         }
         if (dz) std::memcpy(dz + start, d_focal, length * sizeof(float));
@@ -346,7 +346,7 @@ double sparsity_kl(const float* z, int64_t pixels, const Settings& s, const Area
         if (dz) {
 #pragma omp simd
             for (int64_t i = 0; i < pixels; ++i)
-                dz[i] += scale * sigmoid_slope(z[i]) * (std::max(std::min(z[i], 87.0f), -87.0f) - logit_rho);
+                dz[i] += scale * (std::fabs(z[i]) > 87 ? 0 : sigmoid_slope(z[i])) * (z[i] - logit_rho);
         }
         const double minus_entropy = p, mean = q;
         return minus_entropy - mean * log_rho - (1 - mean) * log_rest;

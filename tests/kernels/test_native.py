@@ -245,6 +245,21 @@ def test_nan_in_nan_out() -> None:
             assert dy[1].isnan().any() and dz[1].isnan().any()
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 3e38, -3e38])
+def test_a_segmenter_that_has_diverged_does_not_look_healthy(value: float) -> None:
+    """An infinite logit makes the KL of its image NaN, as the reference's; the largest finite one does not."""
+    x, y, z, mask = inputs((2, 3, 16, 16))
+    z[1].view(-1)[7] = value
+    weights = ObjectiveWeights(focal=0.0, kl_form="pixel")
+    terms, _, dz = native.objective(x, y, z, mask, weights, True)
+    expected = objective(x, y, z, mask, weights, backend="torch").per_image
+    assert dz is not None and terms[3].isfinite().tolist() == expected[3].isfinite().tolist() == [
+        True,
+        abs(value) < 1e39,
+    ]
+    assert dz[1].isfinite().all() == (abs(value) < 1e39)
+
+
 def test_objective_is_the_same_to_the_bit_for_any_number_of_threads(threads: Callable[[int], None]) -> None:
     x, y, z, mask = inputs((5, 3, 70, 90))
     for weights in (ObjectiveWeights(), ObjectiveWeights(gamma=0.1, kl_form="pixel")):
