@@ -39,6 +39,8 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
 
     def run(program: str, world: int, *arguments: str, accelerator: str = "cpu", fork: bool = True) -> list[str]:
         logs = [tmp_path / f"{program}-{rank}.log" for rank in range(world)]
+        for log in logs:
+            log.write_text("")
         command = [str(REPOSITORY / "tests/wads_dist/programs" / program), *arguments]
         env = environment(DS_ACCELERATOR=accelerator)
         ranks = Ranks(world, command, env, logs, fork=fork and accelerator == "cpu")
