@@ -45,7 +45,7 @@ def run_ranks(tmp_path: Path) -> Callable[..., list[str]]:
         env = environment(DS_ACCELERATOR=accelerator)
         ranks = Ranks(world, command, env, logs, fork=fork and accelerator == "cpu")
         try:
-            ranks.wait(400)
+            ranks.wait(550)  # a little less than pytest waits for a test
         finally:
             ranks.kill()
         printed = [log.read_text() for log in logs]

@@ -134,6 +134,7 @@ def test_warm_up_never_exceeds_the_rate(warmup: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # two threads of its own for a minute: beside others it ran out of time
 def test_losses_fall_with_resnet50_at_full_size(run_ranks: Callable[..., list[str]]) -> None:
     """200 samples at 128² with the default backbone: every loss of the reconstruction and the segmentation is lower
     over the last third of the steps than over the first."""
