@@ -64,7 +64,7 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder for the shards; what it holds already stays")
     command.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per CPU core)")
     command.add_argument(
-        "--overwrite", action="store_true", help="replace categories built from other input or options"
+        "--overwrite", action="store_true", help="build anew what is there, also what is up to date"
     )
 
 

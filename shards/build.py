@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from pydantic import ValidationError
 from rich.console import Console
@@ -46,6 +46,8 @@ from shards.manifest import (
 from shards.names import within
 from shards.samples import USUAL_SIZE, EncodedSample, SampleSource, sidecar
 
+Overwrite = bool | Literal["outdated"]
+
 
 @dataclass
 class CategoryPlan:
@@ -62,7 +64,8 @@ class CategoryPlan:
         """Hash of inputs and options: the identity by which a build is resumed or found up to date."""
         samples = [sample.identity() for sample in self.samples]
         # Before masks were resized by area, and images upright, the size alone stood here: those shards hold other pixels.
-        resized = self.resize and [self.resize, "area", "upright"]
+        # "half": a small component keeps what it covers half as much as the pixel that it covers most.
+        resized = self.resize and [self.resize, "area", "half", "upright"]
         content = [VERSION, self.category, self.kind, self.shard_mb, resized, samples]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
@@ -135,10 +138,11 @@ class _HashingWriter(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Written:
-    """A shard, and how many components of its masks are smaller than a pixel (`EncodedSample.small`)."""
+    """A shard, and sums over its samples of what `EncodedSample` says of each."""
 
     entry: ShardEntry
     small: int
+    turned_alone: int
 
 
 def write_shard(task: ShardTask) -> Written | list[str]:
@@ -150,7 +154,7 @@ def write_shard(task: ShardTask) -> Written | list[str]:
     temporary = task.folder / f".{task.name}.{os.getpid()}.tmp"
     entries: list[SampleEntry] = []
     problems: list[str] = []
-    small = 0
+    small = turned_alone = 0
     try:
         with open(temporary, "wb") as stream:
             writer = _HashingWriter(stream)
@@ -165,6 +169,7 @@ def write_shard(task: ShardTask) -> Written | list[str]:
                     if not problems:
                         entries.append(_add_sample(tar, writer, sample, encoded))
                         small += encoded.small
+                        turned_alone += encoded.turned_alone
             stream.flush()
             os.fsync(stream.fileno())
         if problems:
@@ -172,7 +177,7 @@ def write_shard(task: ShardTask) -> Written | list[str]:
         entry = ShardEntry(name=task.tar.name, sha256=writer.sha256.hexdigest(), bytes=writer.position, samples=entries)
         os.replace(temporary, task.tar)
         write_atomically(task.entry, entry.to_json())
-        return Written(entry, small)
+        return Written(entry, small, turned_alone)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -210,7 +215,7 @@ def build(
     shard_mb: int = 64,
     resize: int | None = None,
     workers: int | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     progress: bool = True,
 ) -> DatasetManifest:
     """Build shards of image categories (see `shards.layout` for what `root` may look like).
@@ -222,7 +227,8 @@ def build(
         shard_mb: a shard holds at most this many MiB of samples.
         resize: store images as PNG of `resize`×`resize` pixels; by default the original bytes of JPEG and PNG are kept.
         workers: processes; one per CPU core by default.
-        overwrite: replace a category that was built from other input or options.
+        overwrite: replace what was built: "outdated" a category that was built from other input or options, True every one,
+            also one that is up to date (such as after a change of how images are read).
         progress: show progress on stderr.
 
     Returns:
@@ -255,7 +261,7 @@ def build_textures(
     shard_mb: int = 64,
     resize: int | None = None,
     workers: int | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     progress: bool = True,
 ) -> DatasetManifest:
     """Build a texture bank under OUT/<name> from every image below `folder`; arguments and errors as for `build`."""
@@ -270,7 +276,7 @@ def build_plans(
     *,
     problems: Sequence[str] = (),
     workers: int | None = None,
-    overwrite: bool = False,
+    overwrite: Overwrite = False,
     progress: bool = True,
 ) -> DatasetManifest:
     """Write and publish planned categories; `problems` found while planning are raised with those found here.
@@ -303,7 +309,7 @@ def _build_all(
     plans: Sequence[CategoryPlan],
     out: Path,
     workers: int,
-    overwrite: bool,
+    overwrite: Overwrite,
     bars: Progress,
     stack: contextlib.ExitStack,
 ) -> list[str]:
@@ -343,6 +349,7 @@ def _build_all(
         if isinstance(result, Written):
             category.entries[task.name] = result.entry
             category.small += result.small
+            category.turned_alone += result.turned_alone
         else:
             category.failed[task.name] = result
         bars.advance(bar, len(task.samples))
@@ -365,12 +372,17 @@ def _finish(category: "_Building", out: Path, bars: Progress) -> None:
         f"{manifest.category}: {sum(manifest.counts.values())} samples in {len(manifest.shards)} shards, {size:.1f} MiB"
         + category.small_components()
     )
+    if category.turned_alone:
+        bars.console.print(
+            f"{manifest.category}: {category.turned_alone} images were turned by their EXIF orientation and their masks were "
+            "not: masks are taken as drawn on what viewers show"
+        )
 
 
 class _Building:
     """A category on its way from plan to publication."""
 
-    def __init__(self, plan: CategoryPlan, out: Path, overwrite: bool) -> None:
+    def __init__(self, plan: CategoryPlan, out: Path, overwrite: Overwrite) -> None:
         self.plan = plan
         self.digest = plan.digest()
         self.final = out / plan.category
@@ -380,13 +392,13 @@ class _Building:
         self.tasks = plan.tasks(self.folder)
         self.entries: dict[str, ShardEntry] = {}
         self.failed: dict[str, list[str]] = {}
-        self.small = 0
+        self.small = self.turned_alone = 0
         self.resumed = False
         self.done = False
 
     def published(self) -> str | None:
         """ "up to date", or why the category cannot be built, or None where it is to be built."""
-        if not self.final.exists():
+        if not self.final.exists() or self.overwrite is True:
             return None
         with contextlib.suppress(OSError, DataError):
             path = self.final / MANIFEST
@@ -421,7 +433,8 @@ class _Building:
             return ""
         size = f"{self.plan.resize}²" if self.plan.resize else f"{USUAL_SIZE}², the usual size to score at"
         of = " (in the shards written now)" if self.resumed else ""
-        return f"; of its marked components, {self.small}{of} smaller than a pixel at {size}: kept as one pixel each"
+        kept = "kept as the pixels that they cover most"
+        return f"; of its marked components, {self.small}{of} cover no pixel by half at {size}: {kept}"
 
     def pending(self) -> list[ShardTask]:
         return [task for task in self.tasks if task.name not in self.entries and task.name not in self.failed]

@@ -4,7 +4,7 @@ Choices that decide pixels, made once here:
 - Transparent pixels are composited on white, the usual backdrop of cut-out product photographs.
 - 16-bit images are divided by 257 (65535 becomes 255); floating-point images are refused.
 - An image and its mask are turned as the EXIF orientation of each says, as viewers and annotation tools show them; of a
-  broken EXIF block there is none.
+  broken EXIF block there is none. An orientation in XMP alone is not obeyed: hardly a viewer does.
 - A mask marks the pixels at or above half of its format's range; where none reaches that (masks of 0 and 1, or of small
   class numbers) it marks all that are not 0. So the noise of JPEG masks and soft edges do not count as defect.
 - A mask is brought to another size by area, and no component of it is lost (`shards/masks.py`).
@@ -19,11 +19,13 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from shards.errors import DataError
-from shards.masks import MaskRule, ResizedMask, fit_mask, resize_mask
+from shards.masks import MaskRule, ResizedMask, fit_mask
 
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
-_SMALL = "components smaller than a pixel"  # of a stored mask that was made smaller: how many there were
+_SMALL = "components that cover no pixel by half"  # of a stored mask that was made smaller: how many there were
 _TURNED = "EXIF orientation"  # of an image that was turned upright by it
+_EXIF = ("exif", "Raw profile type exif")  # where Pillow keeps the block; the latter is ImageMagick's, of PNG
+_XMP = ("xmp", "XML:com.adobe.xmp")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,6 +51,8 @@ def load_image(data: bytes, too_large: str = "make it smaller") -> Image.Image:
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         image = Image.open(io.BytesIO(data))
+        for name in _XMP:
+            image.info.pop(name, None)  # else Pillow, which turns a TIFF as it loads it, would turn it by this as well
         image.load()
     except Image.DecompressionBombError as error:  # "Image size (N pixels) exceeds limit of M pixels, could be…"
         raise DataError(f"is too large: {str(error).partition(',')[0]}; {too_large}") from error
@@ -66,7 +70,9 @@ def upright(image: Image.Image) -> Image.Image:
     image.info.pop(_TURNED, None)  # a file may call a text of its own so
     # Not ImageOps.exif_transpose: it writes the rest of the block anew, which fails for some that cameras write.
     try:
-        tag: Any = image.getexif().get(ExifTags.Base.Orientation)
+        block = Image.Image()  # of the image itself, Pillow would take XMP's orientation as well
+        block.info = {name: image.info[name] for name in _EXIF if name in image.info}
+        tag: Any = block.getexif().get(ExifTags.Base.Orientation)
         method = _UPRIGHT.get(tag)
     except Exception:  # Pillow's reader lets many kinds out of a broken block, which is as good as none
         return image
@@ -74,10 +80,15 @@ def upright(image: Image.Image) -> Image.Image:
         return image
     turned = image.transpose(method)
     turned.format = image.format
-    for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+    for name in (*_EXIF, *_XMP):
         turned.info.pop(name, None)
     turned.info[_TURNED] = int(tag)
     return turned
+
+
+def was_turned(image: Image.Image) -> bool:
+    """Whether `upright` turned it."""
+    return _TURNED in image.info
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
@@ -136,7 +147,7 @@ def encode_png(pixels: NDArray[np.uint8] | Image.Image) -> bytes:
 
 
 def encode_mask(mask: ResizedMask) -> bytes:
-    """PNG bytes of a mask to be stored, which remember how many of its components were smaller than a pixel."""
+    """PNG bytes of a mask to be stored, which remember how many of its components covered no pixel by half."""
     text = PngImagePlugin.PngInfo()
     if mask.small:
         text.add_text(_SMALL, str(mask.small))
@@ -179,14 +190,14 @@ def decode_mask(data: bytes, size: int, rule: MaskRule = "area") -> NDArray[np.b
     Raises:
         DataError: it is truncated or unreadable.
     """
-    return resize_mask(mask_pixels(load_image(data)), size, rule)
+    return fitted_mask(load_image(data), size, rule).pixels
 
 
 def fitted_mask(image: Image.Image, size: int, rule: MaskRule = "area") -> ResizedMask:
-    """`decode_mask` of a decoded one, with the number of components that are smaller than a pixel.
+    """`decode_mask` of a decoded one, with the number of components that are too small for the rule (`ResizedMask`).
 
-    Of a mask that was made smaller when it was stored (`shards build --resize`) some were smaller than a pixel then. They
-    have a stored pixel each and may be smaller than a pixel again: the larger of both numbers is given.
+    Of a mask that was made smaller when it was stored (`shards build --resize`) some may have covered no pixel by half then.
+    They have stored pixels of their own and may be too small again: the larger of both numbers is given.
     """
     mask = fit_mask(mask_pixels(image), size, rule)
     before = str(image.info.get(_SMALL, ""))

@@ -3,7 +3,8 @@
 Two rules:
 
 - `area` (the default): a pixel is defective if at least half of its area is marked. A marked component (8-connected, in
-  the mask as it is stored) of which no pixel would be left keeps the one that it covers most.
+  the mask as it is stored) that by itself covers no pixel by half keeps the one that it covers most, and those that it
+  covers at least half as much as that: a thin line stays a line, also where it runs along the edge of two rows.
 - `nearest`: a pixel is what the mask has under its centre, so that a component may be lost. It is the rule of anomalib
   and, as far as can be told, of the paper.
 
@@ -25,26 +26,22 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ResizedMask:
-    """`pixels` bool [size, size]; `small`: how many marked components are smaller than a pixel, those of which the rule
-    by itself leaves nothing. By area each of them has kept one pixel, by nearest they are lost."""
+    """`pixels` bool [size, size]; `small`: how many marked components are too small for the rule: by area those that by
+    themselves cover no pixel by half, by nearest those under no pixel's centre, which are lost."""
 
     pixels: Bools
     small: int
 
 
-def resize_mask(mask: Bools, size: int, rule: MaskRule = "area") -> Bools:
-    """`mask` bool [height, width] as bool [size, size] by the rule; its aspect is not kept, as an image's is not."""
-    return fit_mask(mask, size, rule).pixels
-
-
 def fit_mask(mask: Bools, size: int, rule: MaskRule = "area") -> ResizedMask:
-    """`resize_mask`, with the number of components that are smaller than a pixel."""
+    """`mask` bool [height, width] at `size`² by the rule; its aspect is not kept, as an image's is not."""
     if mask.shape == (size, size):
         return ResizedMask(mask, 0)
     if rule == "nearest":
         return _nearest(mask, size)
-    pixels = 2 * _covered(mask, size) >= mask.size
-    return ResizedMask(pixels, _keep_small_components(mask, pixels))
+    covered = _covered(mask, size)
+    pixels = 2 * covered >= mask.size
+    return ResizedMask(pixels, _keep_small_components(mask, covered, pixels))
 
 
 def _nearest(mask: Bools, size: int) -> ResizedMask:
@@ -81,27 +78,25 @@ def _box_sums(values: Bools | Integers, size: int) -> Integers:
     return np.diff(until, axis=1)
 
 
-def _keep_small_components(mask: Bools, pixels: Bools) -> int:
-    """Marks in `pixels` the most covered pixel (of equals, the first in reading order) of every component of `mask` that
-    overlaps no marked one; returns how many there are."""
+def _keep_small_components(mask: Bools, covered: Integers, pixels: Bools) -> int:
+    """Marks in `pixels` what is kept of every component of `mask` that by itself covers no pixel by half; returns how many
+    there are. `covered` is by all components."""
     size = len(pixels)
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     if not rows.size:
         return 0
     top, left = rows[0], columns[0]
-    marked = mask[top : rows[-1] + 1, left : columns[-1] + 1]  # all that follows is about this part alone
-    y, x = np.arange(top, rows[-1] + 1), np.arange(left, columns[-1] + 1)
-    survives = marked & _overlapped(_overlapped(pixels.T, x, mask.shape[1]).T, y, mask.shape[0])
-    if np.array_equal(survives, marked):
-        return 0
-    labels, count = _components(marked)
-    small = np.ones(count + 1, bool)
-    small[0] = False
-    small[labels[survives]] = False
-    if not small.any():
+    labels, count = _components(mask[top : rows[-1] + 1, left : columns[-1] + 1])  # the rest is empty
+
+    # What is marked within one pixel that is marked throughout is of one component. That is not small, and most are told so.
+    row, column = np.nonzero(covered == mask.size)
+    unknown = np.ones(count + 1, bool)
+    unknown[0] = False
+    unknown[labels[row * len(mask) // size - top, column * mask.shape[1] // size - left]] = False
+    if not unknown.any():
         return 0
 
-    y, x = np.nonzero(small[labels])
+    y, x = np.nonzero(unknown[labels])
     of = labels[y, x].astype(np.int64)
     row, height = _overlaps(y + top, mask.shape[0], size)
     column, width = _overlaps(x + left, mask.shape[1], size)
@@ -109,22 +104,13 @@ def _keep_small_components(mask: Bools, pixels: Bools) -> int:
     # One number for component and target pixel, so that the areas of a component's stored pixels can be added up by it.
     pair = (of[:, None, None] * size + row[:, :, None]) * size + column[:, None, :]
     pairs, index = np.unique(pair[area > 0], return_inverse=True)
-    covered = np.bincount(index, weights=area[area > 0])
+    by_itself = np.bincount(index, weights=area[area > 0]).astype(np.int64)  # whole numbers below 2**53
     component, target = np.divmod(pairs, size * size)
-    order = np.lexsort((target, -covered, component))
-    first = np.unique(component[order], return_index=True)[1]
-    pixels.flat[target[order][first]] = True
-    return len(first)
-
-
-def _overlapped(pixels: Bools, stored: Integers, length: int) -> Bools:
-    """Whether `stored` pixels [M] of an axis of `length` overlap a marked one of `pixels` [size, N]: bool [M, N]."""
-    size = len(pixels)
-    first, last = stored * size // length, -(-(stored + 1) * size // length) - 1
-    marked = pixels[first]
-    for after in range(1, int((last - first).max()) + 1):
-        marked |= pixels[np.minimum(first + after, last)]
-    return marked
+    most = np.zeros(count + 1, np.int64)
+    np.maximum.at(most, component, by_itself)
+    small = unknown & (2 * most < mask.size)
+    pixels.flat[target[small[component] & (2 * by_itself >= most[component])]] = True
+    return int(np.count_nonzero(small))
 
 
 def _overlaps(stored: Integers, length: int, size: int) -> tuple[Integers, Integers]:

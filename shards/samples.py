@@ -8,7 +8,7 @@ from typing import Protocol
 from PIL import Image
 
 from shards.errors import DataError, DataProblems
-from shards.images import encode_mask, encode_png, load_image, mask_pixels, size_difference, to_rgb
+from shards.images import encode_mask, encode_png, load_image, mask_pixels, size_difference, to_rgb, was_turned
 from shards.manifest import Split
 from shards.masks import ResizedMask, fit_mask
 
@@ -21,8 +21,8 @@ USUAL_SIZE = 128  # pixels; the side that images are trained and scored at by de
 class EncodedSample:
     """What is written of a sample: the members of the tar, and the size of its image in pixels, as viewers show it.
 
-    ``small``: how many components of its mask are smaller than a pixel at the size it is stored in with `--resize`, else at
-    the `USUAL_SIZE` to be scored in."""
+    ``small``: how many components of its mask cover no pixel by half at the size it is stored in with `--resize`, else at
+    the `USUAL_SIZE` to be scored in. ``turned_alone``: its image was turned by its EXIF orientation, its mask was not."""
 
     image: bytes
     extension: str
@@ -30,6 +30,7 @@ class EncodedSample:
     height: int
     mask: bytes | None
     small: int = 0
+    turned_alone: bool = False
 
 
 class SampleSource(Protocol):
@@ -118,11 +119,12 @@ class FileSample:
         else:
             data, extension = encode_png(rgb), "png"
         width, height = (resize, resize) if resize else image.size
-        if marked is None:
+        if mask is None or marked is None:
             return EncodedSample(data, extension, width, height, None)
         fitted = fit_mask(marked, resize or USUAL_SIZE)
         stored = fitted if resize else ResizedMask(marked, 0)
-        return EncodedSample(data, extension, width, height, encode_mask(stored), fitted.small)
+        turned_alone = was_turned(image) and not was_turned(mask)
+        return EncodedSample(data, extension, width, height, encode_mask(stored), fitted.small, turned_alone)
 
     def _load(self, name: str, problems: list[str]) -> tuple[bytes, Image.Image | None]:
         try:

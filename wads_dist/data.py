@@ -303,7 +303,7 @@ class TestImages:
 
     ``images`` float32 [M, 3, H, H] in [0, 1]; ``masks`` bool [M, H, H], truth by ``evaluation.mask_rule`` from the stored mask;
     ``has_mask`` says which images count for pixel metrics (a defect without a mask does not); ``defects`` per image;
-    ``small`` per image: how many components of its mask are smaller than a pixel (by area they are kept, by nearest lost).
+    ``small`` per image: how many components of its mask are too small for the rule (by area they are kept, by nearest lost).
     """
 
     __test__ = False  # not a pytest class

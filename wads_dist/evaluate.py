@@ -208,7 +208,7 @@ class Part:
         self.decisions, self.of_normal_images = Decisions(), Decisions()
         self.scores: list[float] = []
         self.anomalous: list[bool] = []
-        self.small = 0  # components of the masks that are smaller than a pixel
+        self.small = 0  # components of the masks that are too small for the rule
         self.kept: list[tuple[TestImages, Predictions]] = []
 
     @classmethod

@@ -314,8 +314,9 @@ def facts(c: Category) -> Iterator[str]:
         yield f"No threshold: {reason}."
     if c.done:
         small = number(status.metrics, "small_components")
-        kept = "kept as one pixel each" if c.mask_rule == "area" else "lost, they count as normal"
-        told = f"; of their components, {small:,.0f} smaller than a pixel: {kept}" if small else ""
+        kept = "cover no pixel by half: kept as the pixels that they cover most"
+        lost = "under no pixel's centre: lost, they count as normal"
+        told = f"; of their components, {small:,.0f} {kept if c.mask_rule == 'area' else lost}" if small else ""
         yield f"Masks at the network's resolution: by {c.mask_rule}{told}."
     undefined = status.metrics.get("undefined")
     for kind, reason in undefined.items() if isinstance(undefined, dict) else ():

@@ -242,7 +242,7 @@ def locate_shards(config: Config) -> str:
         raise DataError(f"data.root {root}: no such folder; give the folder that holds the images")
     out = built_location(config)
     wanted = None if config.data.categories == ["all"] else config.data.categories
-    build(root, out, wanted, overwrite=True, progress=sys.stderr.isatty())
+    build(root, out, wanted, overwrite="outdated", progress=sys.stderr.isatty())
     return str(out)
 
 

@@ -18,7 +18,7 @@ from shards import DataProblems, Dataset, build, decode_image, decode_mask, veri
 from shards.build import CategoryPlan
 from shards.images import fitted_image, fitted_mask, load_image, mask_pixels
 from shards.manifest import VERSION
-from shards.masks import resize_mask
+from shards.masks import fit_mask
 from tests.shards.conftest import make_category, picture, save, square_mask
 
 CHECKOUT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_orientations_are_obeyed(tmp_path: Path, resize: int | None) -> None:
         image, assigned = (dataset.read("nut", shard, member) for member in (sample.image, sample.mask) if member)
         assert (sample.width, sample.height) == (shown.size if resize is None else (16, 16))
         assert np.array_equal(decode_image(image, 16), fitted_image(shown, 16))
-        assert np.array_equal(decode_mask(assigned, 16), resize_mask(np.asarray(mask) > 0, 16))
+        assert np.array_equal(decode_mask(assigned, 16), fit_mask(np.asarray(mask) > 0, 16).pixels)
         assert ExifTags.Base.Orientation not in Image.open(io.BytesIO(assigned)).getexif()
         if resize is None and source.suffix != ".tiff":
             assert image == source.read_bytes()
@@ -128,7 +128,7 @@ def test_resize_keeps_thin_defects_and_remembers_how_many(tmp_path: Path) -> Non
     shard, sample = dataset.manifest("nut").samples("test")[-1]
     assert sample.mask is not None
     stored = load_image(dataset.read("nut", shard, sample.mask))
-    assert np.array_equal(mask_pixels(stored), resize_mask(mask > 0, 40)) and mask_pixels(stored).sum() == 102
+    assert np.array_equal(mask_pixels(stored), fit_mask(mask > 0, 40).pixels) and mask_pixels(stored).sum() == 102
     assert [fitted_mask(stored, size).small for size in (40, 20)] == [2, 2]
 
 

@@ -1,14 +1,16 @@
 """Whole shards through WebDataset's pipeline, and shards that do not hold what their manifest lists."""
 
+import gzip
 import io
 import random
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from shards import DataError, Dataset, build
+from shards import DataError, Dataset, build, verify
 from shards.manifest import ShardEntry
 
 Members = list[tuple[str, bytes]]
@@ -50,16 +52,18 @@ def swapped(members: Members) -> Members:
 
 
 CHANGES: dict[str, tuple[str, Callable[[Members], Members], str]] = {
-    "the first is missing": ("train", lambda m: m[2:], "holds train/good/001 where the manifest lists train/good/000"),
-    "the last is missing": ("train", lambda m: m[:-2], "holds nothing where the manifest lists train/good/003"),
-    "all are missing": ("train", lambda m: [], "holds nothing where the manifest lists train/good/000"),
-    "one more": ("train", lambda m: [*m, ("x.png", b"1")], "holds x where the manifest lists nothing more"),
-    "one twice": ("train", lambda m: [*m, *m[-2:]], "duplicate file name"),
-    "one twice, apart": ("train", lambda m: [*m, *m[:2]], "holds train/good/000 where the manifest lists nothing more"),
-    "another order": ("train", swapped, "holds train/good/001 where the manifest lists train/good/000"),
-    "no image": ("train", lambda m: m[1:], "holds 0 bytes of train/good/000.jpg"),
-    "a shorter image": ("train", lambda m: [(m[0][0], m[0][1][:-1]), *m[1:]], "bytes of train/good/000.jpg"),
-    "no mask": ("test", lambda m: [x for x in m if not x[0].endswith("1.mask.png")], "0 bytes of test/scratch/001.mask.png"),
+    "the first is missing": ("train", lambda m: m[2:], "train/good/000 is incomplete, train/good/000.jpg is missing"),
+    "the last is missing": ("train", lambda m: m[:-2], "train/good/003 is incomplete, train/good/003.jpg is missing"),
+    "all are missing": ("train", lambda m: [], "train/good/000 is incomplete"),
+    "one more": ("train", lambda m: [*m, ("x.png", b"1")], "'x.png' is not in the manifest"),
+    "one more of a sample": ("train", lambda m: [*m, ("train/good/003.bin", b"1")], "'train/good/003.bin' is not in the"),
+    "one twice": ("train", lambda m: [*m, *m[-2:]], "tar holds 'train/good/003.jpg' twice"),
+    "one twice, apart": ("train", lambda m: [*m, *m[:2]], "tar holds 'train/good/000.jpg' twice"),
+    "another order": ("train", swapped, "train/good/000.jpg is not where the manifest says"),
+    "a description apart": ("train", lambda m: [m[0], *m[2:], m[1]], "train/good/001.jpg is not where the manifest says"),
+    "no image": ("train", lambda m: m[1:], "train/good/000.jpg is missing"),
+    "a shorter image": ("train", lambda m: [(m[0][0], m[0][1][:-1]), *m[1:]], "train/good/000.jpg is not where the manifest"),
+    "no mask": ("test", lambda m: [x for x in m if not x[0].endswith("1.mask.png")], "test/scratch/001.mask.png is missing"),
 }  # fmt: skip
 
 
@@ -78,6 +82,72 @@ def test_what_the_manifest_does_not_list_is_refused(dataset: Dataset, tmp_path: 
     with pytest.raises(DataError) as caught:
         list(dataset.stream("nut", shard))
     assert said in str(caught.value) and str(other) in str(caught.value)
+
+
+def sparse(size: int) -> bytes:
+    """A header that claims `size` bytes of zeros, and is followed by none."""
+    header = tarfile.TarInfo("train/good/003.bin")
+    header.type = tarfile.GNUTYPE_SPARSE
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[483:495] = b"%011o\0" % size if size < 8**11 else b"\x80" + size.to_bytes(11, "big")
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    return bytes(block)
+
+
+def of_kind(kind: bytes, size: int = 0, **pax: str) -> bytes:
+    header = tarfile.TarInfo("train/good/003.bin")
+    header.type, header.linkname, header.size, header.pax_headers = kind, "x", size, pax
+    return header.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+NEVER_BUILT = {
+    "sparse": sparse(600 << 20),
+    "sparse of ten terabytes": sparse(10 << 40),
+    "sparse as PAX has it": of_kind(
+        tarfile.REGTYPE, **{"GNU.sparse.map": "0,0", "GNU.sparse.size": str(600 << 20), "GNU.sparse.numblocks": "1"}
+    ),
+    "a link": of_kind(tarfile.SYMTYPE),
+    "a hard link": of_kind(tarfile.LNKTYPE),
+    "a folder": of_kind(tarfile.DIRTYPE),
+    "a device": of_kind(tarfile.CHRTYPE),
+    "a name of ten gigabytes": of_kind(tarfile.GNUTYPE_LONGNAME, size=10 << 30),
+    "names of names": (of_kind(tarfile.GNUTYPE_LONGNAME, size=2) + b"x\0" + bytes(510)) * 2000,
+    "a file of ten gigabytes": of_kind(tarfile.REGTYPE, size=10 << 30),
+    "a PAX header of ten gigabytes": of_kind(tarfile.XHDTYPE, size=10 << 30),
+}
+
+
+@pytest.mark.parametrize("kind", [*NEVER_BUILT, "compressed"])
+def test_a_tar_as_the_builder_writes_none_is_refused_by_its_headers(
+    dataset: Dataset, tmp_path: Path, kind: str
+) -> None:
+    """A few bytes that claim to be gigabytes are refused before there is room made for any."""
+    shard, other = shard_of(dataset, "train"), tmp_path / "other.tar"
+    good = dataset.shard("nut", shard).read_bytes()
+    with tarfile.open(dataset.shard("nut", shard)) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + 512
+    assert last.size <= 512
+    changed = gzip.compress(good) if kind == "compressed" else good[:end] + NEVER_BUILT[kind] + good[end:]
+    other.write_bytes(changed)
+    dataset._verified["nut", shard.name] = other
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"other\.tar: (tar|'train/good/003\.bin' is not in the manifest)"):
+            list(dataset.stream("nut", shard))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    path = Path(dataset.location) / "nut" / shard.name
+    path.write_bytes(changed)
+    assert [p for p in verify(dataset.location, ["nut"]) if "tar " in p or "not in the manifest" in p]
+
+
+def test_samples_in_another_order_than_the_manifests_are_refused(dataset: Dataset) -> None:
+    shard = shard_of(dataset, "train")
+    other = shard.model_copy(update={"samples": shard.samples[::-1]})
+    with pytest.raises(DataError, match="holds train/good/000 where the manifest lists train/good/003"):
+        list(dataset.stream("nut", other))
 
 
 def test_what_is_no_tar_is_refused_by_name(dataset: Dataset, tmp_path: Path) -> None:
