@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from shards.addresses import public
 from shards.build import build, build_textures
@@ -23,8 +24,18 @@ PROBLEMS = 3
 INTERRUPTED = 130
 
 
+def _shown(text: object) -> str:
+    """A text for a terminal: without credentials, and without what would steer it."""
+    return printable(public(str(text)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(_shown(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m shards", description="Build and check WebDataset shards.")
+    parser = _Parser(prog="python -m shards", description="Build and check WebDataset shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="build shards from image folders, or a texture bank")
@@ -63,9 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, help="folder for the shards; what it holds already stays")
     command.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per CPU core)")
-    command.add_argument(
-        "--overwrite", action="store_true", help="build anew what is there, also what is up to date"
-    )
+    command.add_argument("--overwrite", action="store_true", help="build anew what is there, also what is up to date")
 
 
 def _location(command: argparse.ArgumentParser, json_help: str) -> None:
@@ -123,9 +132,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "verify":
         problems = verify(arguments.location)
         if arguments.json:
-            print(json.dumps([printable(problem) for problem in problems], indent=1, ensure_ascii=False))
+            print(json.dumps([_shown(problem) for problem in problems], indent=1, ensure_ascii=False))
         elif not problems:
-            print(printable(f"{public(arguments.location)}: all well"))
+            print(_shown(f"{arguments.location}: all well"))
         if problems:
             raise DataProblems(problems)
         return 0
@@ -139,10 +148,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         )
     else:
         manifest = _build(arguments)
-    print(
-        printable(str(arguments.out))
-        + f": {len(manifest.categories)} categories, fingerprint {manifest.fingerprint[:12]}"
-    )
+    print(_shown(arguments.out) + f": {len(manifest.categories)} categories, fingerprint {manifest.fingerprint[:12]}")
     return 0
 
 
@@ -158,10 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except DataProblems as error:
-        print(f"{len(error.problems)} problems:", *map(printable, error.problems), sep="\n  ", file=sys.stderr)
+        print(f"{len(error.problems)} problems:", *map(_shown, error.problems), sep="\n  ", file=sys.stderr)
         return PROBLEMS
     except DataError as error:
-        print(printable(str(error)), file=sys.stderr)
+        print(_shown(error), file=sys.stderr)
         return PROBLEMS
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the finished shards", file=sys.stderr)

@@ -2,8 +2,10 @@
 
 What is recorded, shown, logged or handed to a child is an address without them. They stay in the environment of the process
 and its children, under `WADS_CREDENTIALS`, which may be set by hand as well: addresses that hold credentials, separated by
-spaces. Such an address is for its host (for s3, its bucket); of several, the one whose path is the most like. For http(s),
-`~/.netrc` does too.
+spaces. Such an address is for its host; of several, the one whose path is the most like. `~/.netrc` does too.
+
+All that is of http(s). Drivers of object storage have ways of their own (AWS's environment and files): a password in such an
+address is refused, and a user, a question mark or a number sign is a part of the place, as in `abfs://container@account/x`.
 """
 
 import os
@@ -13,19 +15,40 @@ from itertools import takewhile
 
 VARIABLE = "WADS_CREDENTIALS"
 # The user part also of an address that is wrong because its password holds a separator: up to the last @.
+_PASSWORD = r"[^{s}/?#@:\[]*:(?!\d*[/?#]){any}*@"
 _PARTS = (
-    r"(?P<scheme>[a-z][a-z0-9+.-]+:{slashes})"
-    r"(?P<user>{u}*@|[^{s}/?#@:\[]*:(?!\d*[/?#]){any}*@)?"
-    r"(?P<path>{p}*)(?P<query>[?#]{q}*)?"
+    r"(?P<scheme>(?:https?|(?P<other>[a-z][a-z0-9+.-]{n})):{slashes})"
+    rf"(?P<user>(?(other){{u}}*:{{u}}*@|{{u}}*@)|{_PASSWORD})?"
+    r"(?P<path>(?(other){rest}|{p}*))(?P<query>(?(other)|[?#]{q}*))?"
 )
 _IN_TEXT = re.compile(
-    _PARTS.format(slashes="/+", s=r"\s", u=r"[^\s/?#]", any=r"\S", p=r'[^\s?#"<>]', q=r'[^\s"<>]'), re.IGNORECASE
+    _PARTS.format(
+        n="{1,30}",  # or a long word costs the square of its length
+        slashes="/+",
+        s=r"\s",
+        u=r"[^\s/?#]",
+        any=r"\S",
+        rest="",
+        p=r'(?:(?![a-z][a-z0-9+.-]{1,30}:/)[^\s?#"<>])',
+        q=r'[^\s"<>]',
+    ),
+    re.IGNORECASE,
 )
-_WHOLE = re.compile(_PARTS.format(slashes="//", s="", u="[^/?#]", any=".", p="[^?#]", q="."), re.IGNORECASE | re.DOTALL)
+_WHOLE = re.compile(
+    _PARTS.format(n="+", slashes="//", s="", u="[^/?#]", any=".", rest=".*", p="[^?#]", q="."),
+    re.IGNORECASE | re.DOTALL,
+)
+# What no reader takes, and what would be taken for a folder: simplecache::https://…, https:/….
+_NEARLY = re.compile(
+    r"(?:.*::)?(?P<one>[a-z][a-z0-9+.-]+):/(?!/)|.*::[a-z][a-z0-9+.-]+://|file://[^/]*@", re.IGNORECASE | re.DOTALL
+)
+_OTHERS = "give credentials of {} by the environment or the files of its own tools (for s3: AWS's)"
+_UNSAFE = {" ": "a space", '"': "a quotation mark", "<": "an angle bracket", ">": "an angle bracket"}
 
 
 def public(text: str) -> str:
-    """`text` without the credentials of any address in it: user, password, and whatever stands behind a question mark."""
+    """`text` without the credentials of any address in it: a password with its user; of http(s), any user, and whatever
+    stands behind a question mark."""
     return _IN_TEXT.sub(lambda found: found["scheme"] + found["path"], text)
 
 
@@ -34,23 +57,39 @@ def is_remote(location: str) -> bool:
     return _parts(location) is not None
 
 
+def looks_like_address(location: str) -> bool:
+    """Whether a location is an address, or is nearly one and no folder that anybody has."""
+    return is_remote(location) or bool(re.match(r"file://|" + _NEARLY.pattern, location, _NEARLY.flags))
+
+
 def address_problem(location: str) -> str | None:
     """Why a location cannot be used; says nothing of what may be a secret."""
     parts = _parts(location)
     if "\0" in location:
         return "a location holds a zero byte; leave it out"
+    if nearly := _NEARLY.match(location):
+        if nearly["one"]:
+            return (
+                f"{nearly['one']}:/…: neither a folder nor an address, which has two slashes; write {nearly['one']}://…"
+            )
+        return "a chain of addresses (::), or a file:// of another machine, is not read; give http(s)://, s3:// or a folder"
     if parts is None:
         return None
+    shown = f"{parts['scheme']}…: the address holds"
     if not location.replace(" ", "").isprintable():
-        return f"{parts['scheme']}…: the address holds control characters; write them as %0A and the like"
-    spaced = " " in location and (parts["scheme"].startswith("http") or parts["user"] or parts["query"])
-    return f"{parts['scheme']}…: the address holds a space; write it as %20" if spaced else None
+        return f"{shown} control characters; write them as %0A and the like"
+    if not _is_http(parts):
+        scheme = parts["scheme"].removesuffix("://")
+        return f"{shown} a password; {_OTHERS.format(scheme)}, not in the address" if parts["user"] else None
+    if unsafe := next((char for char in ' "<>' if char in location), None):
+        return f"{shown} {_UNSAFE[unsafe]}; write it as %{ord(unsafe):02X}"
+    return None
 
 
 def take_credentials(location: str) -> str:
     """The location without its credentials, which go to the environment; a folder is returned as it is."""
     parts = _parts(location)
-    if parts and (parts["user"] or parts["query"]):
+    if parts and _is_http(parts) and (parts["user"] or parts["query"]):
         others = [address for address in _known() if bare(address) != bare(location)]
         os.environ[VARIABLE] = " ".join([*others, location])
     return bare(location)
@@ -65,7 +104,7 @@ def bare(location: str) -> str:
 def with_credentials(address: str) -> str:
     """An address below one that credentials are known for, with them: only for who fetches it."""
     parts = _parts(address)
-    if parts is None:
+    if parts is None or not _is_http(parts):
         return address
 
     mine = parts["path"].split("/")
@@ -82,6 +121,10 @@ def with_credentials(address: str) -> str:
     return parts["scheme"] + best["user"] + parts["path"] + best["query"]
 
 
+def _is_http(parts: Mapping[str, str]) -> bool:
+    return parts["scheme"] in ("http://", "https://")
+
+
 def _host(parts: Mapping[str, str]) -> tuple[str, str]:
     return parts["scheme"], parts["path"].partition("/")[0]
 
@@ -95,5 +138,5 @@ def _parts(location: str) -> dict[str, str] | None:
     found = _WHOLE.fullmatch(location)
     if found is None or found["scheme"].lower() == "file://":
         return None
-    parts = {name: text or "" for name, text in found.groupdict().items()}
+    parts = {name: text or "" for name, text in found.groupdict().items() if name != "other"}
     return parts | {"scheme": parts["scheme"].lower(), "path": parts["path"].rstrip("/")}

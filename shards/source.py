@@ -270,10 +270,11 @@ def _join(location: str, *parts: str) -> str:
 
 def _read_bytes(where: str) -> bytes:
     """A manifest in a folder. Raises OSError, also where a device or a pipe stands in its place."""
-    if not stat.S_ISREG(os.stat(where).st_mode):
+    status = os.stat(where)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError("no regular file")
     with open(where, "rb") as stream:
-        data = stream.read(MANIFEST_BYTES + 1)
+        data = stream.read(min(status.st_size, MANIFEST_BYTES) + 1)  # which is room that is made at once
     if len(data) > MANIFEST_BYTES:
         raise OSError(f"more than {MANIFEST_BYTES >> 20} MiB")
     return data
@@ -370,7 +371,7 @@ def _object_chunks(url: str) -> Iterator[bytes]:
     try:
         import fsspec
 
-        opened = fsspec.open(with_credentials(url), "rb")
+        opened = fsspec.open(url, "rb")
     except (ImportError, ValueError) as error:
         raise DataError(
             f"{url}: reading {scheme}:// needs fsspec and its driver ({_told(error)}); "
@@ -381,7 +382,9 @@ def _object_chunks(url: str) -> Iterator[bytes]:
             while chunk := stream.read(CHUNK):
                 yield chunk
     except (FileNotFoundError, PermissionError) as error:
-        raise DataError(f"{url}: {_told(error)}; check the address and the permissions") from None
+        raise DataError(
+            f"{url}: {_told(error)}; check the address and the permissions (of s3: AWS's own environment and files)"
+        ) from None
     except Exception as error:  # each driver has its own exceptions for a lost connection
         raise _Interrupted(f"{type(error).__name__}: {_told(error)}") from None
 

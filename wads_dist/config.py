@@ -10,7 +10,9 @@ and pydantic there is little left for the extra dependency to do.
 """
 
 import difflib
+import functools
 import json
+import os
 import re
 import sys
 import textwrap
@@ -23,8 +25,16 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from kernels.backend import Backend
-from shards.addresses import address_problem, bare, public, take_credentials
-from shards.names import category_problem, quoted
+from shards.addresses import (
+    VARIABLE,
+    address_problem,
+    bare,
+    looks_like_address,
+    public,
+    take_credentials,
+    with_credentials,
+)
+from shards.names import category_problem, printable, quoted
 
 
 class ConfigError(Exception):
@@ -67,8 +77,8 @@ class DataConfig(_Section):
     )
     shards: str | None = Field(
         None,
-        description="shards already built: a folder, or an http(s):// or s3:// address of such a folder. Credentials in it are "
-        "used and never recorded; better are ~/.netrc and, in the environment, WADS_CREDENTIALS",
+        description="shards already built: a folder, or an http(s):// or s3:// address of such a folder. Credentials in it "
+        "(http(s) alone) are used and never recorded; better are ~/.netrc and, in the environment, WADS_CREDENTIALS",
     )
     categories: Names = Field(["all"], description='categories to train, separated by commas, or "all"')
     cache: Path = Field(
@@ -125,7 +135,7 @@ class DataConfig(_Section):
     @field_validator("root")
     @classmethod
     def _root_is_a_folder(cls, root: Path | None) -> Path | None:
-        if root is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(root)):
+        if root is not None and looks_like_address(str(root)):
             raise ValueError("is an address, and a folder of images is needed; addresses go to data.shards")
         return root
 
@@ -212,6 +222,8 @@ class ModelConfig(_Section):
     @field_validator("weights")
     @classmethod
     def _weights_are_known(cls, weights: str) -> str:
+        if looks_like_address(weights):
+            raise ValueError("is an address, and a file is needed; download it and give the file")
         if weights in ("random", "imagenet") or Path(weights).suffix in (".pth", ".safetensors"):
             return weights
         raise ValueError('allowed: "random", "imagenet", or a file that ends in .pth or .safetensors')
@@ -598,6 +610,8 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
                 # In a file that a run has written there may be old ones, of an earlier version.
                 recorded = resolved and origin[path] == str(file)
                 merged[path] = bare(location) if recorded else take_credentials(location)
+                if recorded and bare(location) != location.rstrip("/"):
+                    _say_left_out(path, str(file), with_credentials(merged[path]) != merged[path])
     try:
         config = Config.model_validate(_nest(merged))
     except ValidationError as error:
@@ -606,6 +620,19 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+@functools.cache
+def _say_left_out(path: str, file: str, others: bool) -> None:
+    """Once a process, and by the first rank alone: that credentials in a file which the software has written are not used."""
+    if not others and os.environ.get("RANK", "0") == "0":
+        print(
+            printable(
+                f"{file}: {path} holds credentials, which are not taken from a run's own settings; if the server "
+                f"asks for some, set {VARIABLE}, write them to ~/.netrc, or give --{path} with them"
+            ),
+            file=sys.stderr,
+        )
 
 
 def recorded_config(text: str) -> Config:

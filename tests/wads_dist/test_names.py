@@ -211,14 +211,26 @@ def test_other_credentials_are_no_other_settings(tmp_path: Path) -> None:
     assert with_credentials(textures.format("")) == textures.format("bob:n3w@")
 
 
-def test_what_an_earlier_version_has_written_is_shown_no_more(tmp_path: Path) -> None:
+def test_what_an_earlier_version_has_written_is_shown_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = load_config(["--run.dir", str(tmp_path), *SMALL])
     old = config.to_toml().replace("[data]", f'[data]\nshards = "{WITH}"')
     (tmp_path / "config.toml").write_text(old)
     report.write_report(tmp_path)
     assert clean((tmp_path / "report.html").read_bytes())
-    assert load_config(["--config", str(tmp_path / "config.toml")]).data.shards == WITHOUT
+    capsys.readouterr()
+    for _ in range(2):
+        assert load_config(["--config", str(tmp_path / "config.toml")]).data.shards == WITHOUT
+    said = capsys.readouterr().err
+    assert said.count("config.toml: data.shards holds credentials") == said.count(f"set {VARIABLE}") == 1 and clean(
+        said
+    )
     assert os.environ[VARIABLE] == ""  # a run's record of a password that has changed since
+    (other := tmp_path / "other.toml").write_text(old)
+    monkeypatch.setenv(VARIABLE, WITH)
+    load_config(["--config", str(other)])
+    assert capsys.readouterr().err == ""  # there are others to use
 
 
 @pytest.mark.parametrize(
@@ -228,6 +240,14 @@ def test_what_an_earlier_version_has_written_is_shown_no_more(tmp_path: Path) ->
         ["--data.shards", "http://alice:s3cr3t t0ken@host"],
         ["--data.shards", "http://alice:s3cr3t@host/\n"],
         ["--data.root", WITH],
+        ["--data.root", "simplecache::" + WITH],
+        ["--data.shards", "simplecache::" + WITH],
+        ["--data.textures", WITH.replace("//", "/")],
+        ["--data.shards", WITH.replace("https", "s3")],
+        ["--data.shards", 'http://host/x?sig="s3cr3t"'],
+        ["--model.weights", "https://alice:s3cr3t@host/resnet50.pth"],
+        ["--model.weights", "s3://alice:s3cr3t@host/resnet50.pth"],
+        ["--model.weights", "https:/alice:s3cr3t@host/resnet50.pth"],
         ["--data.shards", WITH, "--data.root", "x"],
         ["--data.shard", WITH],
         [WITH],
