@@ -27,8 +27,8 @@ def text_problem(text: str, most: int = NAME_BYTES) -> str | None:
     """Why `text` cannot be a file's name of at most `most` bytes, nor be shown: the rule that all names share."""
     if not text:
         return "is empty"
-    if len(text) > most or len(text.encode(errors="replace")) > most:
-        return f"has more than {most} bytes"
+    if problem := _length_problem(text, most):
+        return problem
     if not is_utf8(text):
         return "is not UTF-8"
     if _hidden(text):
@@ -64,8 +64,8 @@ def defect_problem(name: str) -> str | None:
 def key_problem(key: str) -> str | None:
     """Why `key` cannot name a sample: a relative path like train/good/000, of which no part is empty or begins with a dot. The
     last has no dot at all, because WebDataset ends a key there."""
-    if len(key) > KEY_BYTES:
-        return f"has more than {KEY_BYTES} bytes"
+    if problem := _length_problem(key, KEY_BYTES):
+        return problem
     problems = (text_problem(part, 255) for part in key.split("/"))
     return next(filter(None, problems), None) or ("has a dot in its last part" if "." in key.split("/")[-1] else None)
 
@@ -78,10 +78,9 @@ def member_problem(name: str, key: str) -> str | None:
 
 def file_problem(name: str) -> str | None:
     """Why `name` cannot name a file below the folder that lists it: a relative path without empty or dot parts."""
-    parts = name.split("/")
-    if len(name) > KEY_BYTES:
-        return f"has more than {KEY_BYTES} bytes"
-    return next(filter(None, (text_problem(part, 255) for part in parts)), None)
+    if problem := _length_problem(name, KEY_BYTES):
+        return problem
+    return next(filter(None, (text_problem(part, 255) for part in name.split("/"))), None)
 
 
 def within(folder: Path, *parts: str) -> Path:
@@ -117,6 +116,12 @@ def printable(text: str) -> str:
     return "".join(
         char.encode("unicode_escape").decode() if char not in "\n\t" and _hidden(char) else char for char in text
     )
+
+
+def _length_problem(text: str, most: int) -> str | None:
+    # A lone surrogate has three bytes, too; first the characters, because a long name is not worth encoding.
+    too_long = len(text) > most or len(text.encode(errors="surrogatepass")) > most
+    return f"has more than {most} bytes" if too_long else None
 
 
 def _hidden(text: str) -> bool:

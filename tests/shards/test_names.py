@@ -81,6 +81,13 @@ def test_what_can_be_no_sample_key(key: str) -> None:
     assert key_problem(key)
 
 
+@pytest.mark.parametrize("problem", [key_problem, file_problem])
+def test_a_long_name_is_measured_in_bytes(problem) -> None:
+    assert problem("ä/" * 1365) == "is empty" and problem("ä/" * 1365 + "a") is None  # 4,095 and 4,096 bytes
+    assert "more than 4096 bytes" in problem("ä/" * 1365 + "aa")
+    assert "more than 4096 bytes" in problem("\udcff/" * 1100)
+
+
 def test_a_member_is_its_samples_key_and_a_suffix() -> None:
     assert member_problem("train/good/0.mask.png", "train/good/0") is None
     for name in (
