@@ -324,7 +324,11 @@ def _build_all(
         if (other := names.setdefault(plan.category.casefold(), plan.category)) != plan.category:
             problems.append(f"category {plan.category}: only large and small letters tell it from {other}; rename one")
             continue
-        category = _Building(plan, out, overwrite)
+        try:
+            category = _Building(plan, out, overwrite)
+        except DataError as error:
+            problems.append(str(error))
+            continue
         state = category.published()
         if state == "up to date":
             bars.console.print(f"{plan.category}: up to date")

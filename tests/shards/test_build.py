@@ -280,6 +280,16 @@ def test_a_damaged_finished_shard_is_written_again(large: Path, tmp_path: Path) 
     assert verify(out) == []
 
 
+def test_a_link_in_the_way_of_one_category_ends_no_other(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.building-bolt").symlink_to(tmp_path / "away")
+    with pytest.raises(DataProblems) as caught:
+        build(root, tmp_path / "out", workers=1, progress=False)
+    assert len(caught.value.problems) == 1 and ".building-bolt: leads out of" in caught.value.problems[0]
+    assert Dataset.open(tmp_path / "out").categories == ["nut"] and not list((tmp_path / "away").iterdir())
+
+
 def test_two_builds_at_once_are_kept_apart(root: Path, tmp_path: Path) -> None:
     from shards.files import locked
 
