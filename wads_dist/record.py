@@ -90,7 +90,10 @@ def check_run(config: Config, fingerprints: dict[str, str]) -> str:
             "or give another --run.dir"
         )
     if record.is_file():
-        changed = [line for line in config_difference(_recorded(record), config) if not line.startswith(FREE_TO_CHANGE)]
+        # A finished category's metrics.json keeps the rule that it was scored by. The tables of a sweep have one rule
+        # for all its runs, so there it is not free.
+        free = (*FREE_TO_CHANGE, "evaluation.mask_rule:")
+        changed = [line for line in config_difference(_recorded(record), config) if not line.startswith(free)]
         if changed:
             raise ResumeError(
                 f"{folder} holds a run with other settings (its value → yours):\n  "
