@@ -35,6 +35,7 @@ from shards.manifest import (
     parse_manifest,
 )
 from shards.names import printable, quoted, within
+from shards.tars import differences, members
 
 BACKOFF_SECONDS = 0.5
 STALL_SECONDS = 60.0
@@ -184,6 +185,10 @@ class Dataset:
         path = self.shard(category, shard)
         try:
             with path.open("rb") as file:
+                # Before WebDataset opens it: that unpacks whatever a header claims, compressed and sparse files too.
+                found, broken = members(path)
+                if problem := broken or next(differences(shard, found), None):
+                    raise ValueError(problem)
                 # The stages of wds.WebDataset without its first: that draws from Python's random state, and obeys variables of
                 # the environment which lead elsewhere than to the file that was verified.
                 source = [{"url": str(path), "stream": file}]

@@ -1,7 +1,6 @@
 """Checking a built data set, byte by byte and sample by sample, and naming whatever is wrong."""
 
 import os
-import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,8 +10,8 @@ from PIL import Image
 from shards.errors import DataError, DataProblems
 from shards.images import load_image, mask_pixels, size_difference, stored_size
 from shards.manifest import CategoryManifest, Member, SampleEntry, ShardEntry
-from shards.names import quoted
 from shards.source import Dataset
+from shards.tars import differences, members
 
 
 def verify(location: str | Path, categories: Sequence[str] | None = None) -> list[str]:
@@ -96,47 +95,20 @@ def _verify_shard(dataset: Dataset, category: str, shard: ShardEntry) -> list[st
         if dataset.is_remote or not path.exists():
             return problems
     where = f"{category}/{shard.name}"
-    members, broken = _members(path)
-    if broken:
-        problems.append(f"{where}: {broken}")
+    found, broken = members(path)
+    problems += [f"{where}: {problem}" for problem in ([broken] if broken else [])]
+    problems += [f"{where}: {problem}" for problem in differences(shard, found)]
     for sample in shard.samples:
-        problems += _verify_sample(path, where, sample, members)
-    known = {name for sample in shard.samples for name in _names(sample)}
-    problems += [f"{where}: {quoted(name)} is not in the manifest" for name in members if name not in known]
+        problems += _verify_sample(path, where, sample, found)
     return problems
 
 
-def _members(path: Path) -> tuple[dict[str, Member], str | None]:
-    """Members of a tar as far as it can be read, and why no further."""
-    members: dict[str, Member] = {}
-    end = 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                members[info.name] = Member(name=info.name, offset=info.offset_data, size=info.size)
-                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        return members, f"tar cannot be read after {len(members)} members ({error})"
-    with open(path, "rb") as stream:  # tarfile takes a cut between members, or in a header, for the end
-        stream.seek(min(end, 2**62))  # a header may say any size
-        if stream.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-            return members, f"tar is cut after {len(members)} members (its end mark is missing)"
-    return members, None
-
-
-def _names(sample: SampleEntry) -> list[str]:
-    return [sample.image.name, f"{sample.key}.json", *([sample.mask.name] if sample.mask else [])]
-
-
-def _verify_sample(path: Path, where: str, sample: SampleEntry, members: dict[str, Member]) -> list[str]:
-    missing = [name for name in _names(sample) if name not in members]
-    if missing:
-        return [f"{where}: {sample.key} is incomplete, {name} is missing" for name in missing]
+def _verify_sample(path: Path, where: str, sample: SampleEntry, found: dict[str, Member]) -> list[str]:
+    """Problems of the image and mask that are where the manifest says."""
     problems = []
     decoded: dict[str, Image.Image] = {}
     for member in filter(None, (sample.image, sample.mask)):
-        if members[member.name] != member:
-            problems.append(f"{where}: {member.name} is not where the manifest says")
+        if found.get(member.name) != member:
             continue
         with open(path, "rb") as stream:
             stream.seek(member.offset)
