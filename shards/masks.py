@@ -45,16 +45,11 @@ def fit_mask(mask: Bools, size: int, rule: MaskRule = "area") -> ResizedMask:
 
 
 def _nearest(mask: Bools, size: int) -> ResizedMask:
-    labels, count = _components(mask)
-    sampled = np.asarray(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
-    return ResizedMask(sampled > 0, count - int(np.count_nonzero(np.unique(sampled))))
-
-
-def _components(mask: Bools) -> tuple[NDArray[np.int32], int]:
     from scipy.ndimage import label  # here: who only decodes images need not wait for it
 
     labels, count = label(mask, np.ones((3, 3)))
-    return labels, int(count)
+    sampled = np.asarray(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST))
+    return ResizedMask(sampled > 0, count - int(np.count_nonzero(np.unique(sampled))))
 
 
 def _covered(mask: Bools, size: int) -> Integers:
@@ -81,41 +76,58 @@ def _box_sums(values: Bools | Integers, size: int) -> Integers:
 def _keep_small_components(mask: Bools, covered: Integers, pixels: Bools) -> int:
     """Marks in `pixels` what is kept of every component of `mask` that by itself covers no pixel by half; returns how many
     there are. `covered` is by all components."""
-    size = len(pixels)
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not rows.size:
-        return 0
-    top, left = rows[0], columns[0]
-    labels, count = _components(mask[top : rows[-1] + 1, left : columns[-1] + 1])  # the rest is empty
-
-    # What is marked within one pixel that is marked throughout is of one component. That is not small, and most are told so.
+    (height, width), size = mask.shape, len(pixels)
+    start, end, component = _runs(mask)
+    unknown = np.ones(component.max(initial=-1) + 1, bool)
+    # What is marked within a pixel that is marked throughout is of one component, which is not small: most are told so.
     row, column = np.nonzero(covered == mask.size)
-    unknown = np.ones(count + 1, bool)
-    unknown[0] = False
-    unknown[labels[row * len(mask) // size - top, column * mask.shape[1] // size - left]] = False
+    within = row * height // size * (width + 1) + column * width // size
+    unknown[component[np.searchsorted(start, within, "right") - 1]] = False
     if not unknown.any():
         return 0
 
-    y, x = np.nonzero(unknown[labels])
-    of = labels[y, x].astype(np.int64)
-    row, height = _overlaps(y + top, mask.shape[0], size)
-    column, width = _overlaps(x + left, mask.shape[1], size)
-    area = height[:, :, None] * width[:, None, :]
-    # One number for component and target pixel, so that the areas of a component's stored pixels can be added up by it.
-    pair = (of[:, None, None] * size + row[:, :, None]) * size + column[:, None, :]
-    pairs, index = np.unique(pair[area > 0], return_inverse=True)
-    by_itself = np.bincount(index, weights=area[area > 0]).astype(np.int64)  # whole numbers below 2**53
-    component, target = np.divmod(pairs, size * size)
-    most = np.zeros(count + 1, np.int64)
-    np.maximum.at(most, component, by_itself)
+    start, end, component = (of[unknown[component]] for of in (start, end, component))
+    y, left = np.divmod(start, width + 1)
+    run, column, across = _overlaps(left * size, (left + end - start) * size, width)
+    part, row, down = _overlaps(y[run] * size, (y[run] + 1) * size, height)
+    # One number for component and target pixel, so that the areas of a component's runs can be added up by it.
+    pair = (component[run[part]] * size + row) * size + column[part]
+    pairs, index = np.unique(pair, return_inverse=True)
+    by_itself = np.bincount(index, weights=across[part] * down).astype(np.int64)  # whole numbers below 2**53
+    of, target = np.divmod(pairs, size * size)
+    most = np.zeros(len(unknown), np.int64)
+    np.maximum.at(most, of, by_itself)
     small = unknown & (2 * most < mask.size)
-    pixels.flat[target[small[component] & (2 * by_itself >= most[component])]] = True
+    pixels.flat[target[small[of] & (2 * by_itself >= most[of])]] = True
     return int(np.count_nonzero(small))
 
 
-def _overlaps(stored: Integers, length: int, size: int) -> tuple[Integers, Integers]:
-    """The target pixels that `stored` pixels [N] of an axis may overlap, and by how many units: int64 [N, K] each."""
-    begin = stored[:, None] * size
-    target = begin // length + np.arange(-(-size // length) + 1)
-    overlap = np.minimum(begin + size, (target + 1) * length) - np.maximum(begin, target * length)
-    return target, overlap.clip(0)
+def _runs(mask: Bools) -> tuple[Integers, Integers, Integers]:
+    """Where runs of marked pixels begin and end in reading order, with one empty pixel behind each row, and which component
+    each is of: int64 [N] each. There are far fewer runs than pixels: scipy's `label` takes four times as long for a
+    blob in 1024²."""
+    from scipy.sparse import coo_array  # here: who only decodes images need not wait for it
+    from scipy.sparse.csgraph import connected_components
+
+    row = mask.shape[1] + 1
+    edges = np.flatnonzero(np.diff(np.pad(mask, ((0, 0), (0, 1))).ravel(), prepend=False))
+    start, end = edges[::2], edges[1::2]
+    # Runs of the next row that touch a run, at a corner at least, follow one another.
+    first = np.searchsorted(end, start + row, "left")
+    run, number = _each(np.searchsorted(start, end + row, "right") - first)
+    touching = coo_array((np.ones(len(run), bool), (run, first[run] + number)), (len(start), len(start)))
+    return start, end, connected_components(touching, directed=False)[1].astype(np.int64)
+
+
+def _overlaps(begin: Integers, end: Integers, length: int) -> tuple[Integers, Integers, Integers]:
+    """Which of the intervals [N] overlaps which box, of so many units, by how many: int64 [M] each."""
+    first = begin // length
+    interval, number = _each(-(-end // length) - first)
+    box = first[interval] + number
+    return interval, box, np.minimum(end[interval], (box + 1) * length) - np.maximum(begin[interval], box * length)
+
+
+def _each(counts: Integers) -> tuple[Integers, Integers]:
+    """For each of `counts` things, which of them it is of, and its number among those: int64 [sum] each."""
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) - (np.cumsum(counts) - counts)[of]

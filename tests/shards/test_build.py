@@ -15,7 +15,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from shards import DataProblems, Dataset, build, decode_image, decode_mask, verify
-from shards.build import CategoryPlan
+from shards.build import CategoryPlan, Overwrite
 from shards.images import fitted_image, fitted_mask, load_image, mask_pixels
 from shards.manifest import VERSION
 from shards.masks import fit_mask
@@ -63,10 +63,14 @@ def test_modes_and_formats_survive(tmp_path: Path, mode: str, kind: str) -> None
     assert np.array_equal(decode_image(stored, 16), decode_image(source.read_bytes(), 16))
 
 
-def save_tagged(image: Image.Image, path: Path, orientation: int) -> Path:
+def orientation_tag(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    image.save(path, exif=exif)
+    return exif
+
+
+def save_tagged(image: Image.Image, path: Path, orientation: int) -> Path:
+    image.save(path, exif=orientation_tag(orientation))
     return path
 
 
@@ -117,6 +121,31 @@ def test_a_mask_drawn_on_the_picture_before_it_was_turned_is_refused(tmp_path: P
     ]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_says_how_many_images_were_turned_whose_masks_were_not(
+    tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those may have been drawn on the picture as it is stored, which of a square one or a mirrored one cannot be seen."""
+    folder, square = make_category(tmp_path / "nut"), (20, 20)
+    for name, image, mask in (("a", 6, 1), ("b", 3, 1), ("c", 8, 8), ("d", 1, 1)):
+        save_tagged(picture(5, square), folder / f"test/scratch/{name}.jpg", image)
+        save_tagged(square_mask(square), folder / f"ground_truth/scratch/{name}_mask.png", mask)
+    save_tagged(picture(5, square), folder / "train/good/zz.jpg", 6)  # has no mask
+    build(folder, tmp_path / "out", workers=workers)
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "nut: 2 images were turned by their EXIF orientation and their masks were not: masks are taken as drawn on"
+        in said
+    )
+
+
+def test_a_build_of_images_that_nothing_turned_does_not_speak_of_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(root, tmp_path / "out", workers=1)
+    assert "turned" not in capsys.readouterr().err
+
+
 def test_resize_keeps_thin_defects_and_remembers_how_many(tmp_path: Path) -> None:
     folder = make_category(tmp_path / "nut")
     mask = np.zeros((400, 400), np.uint8)
@@ -128,15 +157,15 @@ def test_resize_keeps_thin_defects_and_remembers_how_many(tmp_path: Path) -> Non
     shard, sample = dataset.manifest("nut").samples("test")[-1]
     assert sample.mask is not None
     stored = load_image(dataset.read("nut", shard, sample.mask))
-    assert np.array_equal(mask_pixels(stored), fit_mask(mask > 0, 40).pixels) and mask_pixels(stored).sum() == 102
+    assert np.array_equal(mask_pixels(stored), fit_mask(mask > 0, 40).pixels) and mask_pixels(stored).sum() == 131
     assert [fitted_mask(stored, size).small for size in (40, 20)] == [2, 2]
 
 
 @pytest.mark.parametrize(
-    ("resize", "said"), [(None, "1 smaller than a pixel at 128²"), (40, "2 smaller than a pixel at 40²")]
+    ("resize", "said"), [(None, "1 cover no pixel by half at 128²"), (40, "2 cover no pixel by half at 40²")]
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_build_says_how_many_defects_are_smaller_than_a_pixel(
+def test_a_build_says_how_many_defects_cover_no_pixel_by_half(
     tmp_path: Path, resize: int | None, said: str, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_category(tmp_path / "nut")
@@ -221,6 +250,29 @@ def test_up_to_date_is_skipped_and_other_input_refused(root: Path, tmp_path: Pat
     build(root, out, ["nut"], workers=1, overwrite=True, progress=False)
     assert Dataset.open(out).manifest("nut").counts["train/good"] == 5
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "nut"]
+
+
+@pytest.mark.parametrize(("overwrite", "anew"), [(True, True), ("outdated", False), (False, False)])
+def test_overwriting_is_for_what_is_up_to_date_too(tmp_path: Path, overwrite: Overwrite, anew: bool) -> None:
+    """What was built unturned by an earlier version, from input that is the same, is mended so; a run does not do it at
+    each start."""
+    folder, out = make_category(tmp_path / "nut"), tmp_path / "out"
+    phone = {"format": "MPO", "save_all": True, "append_images": [picture(6, (33, 17))]}  # which is stored as PNG
+    picture(5, (33, 17)).save(folder / "train/good/zz.jpg", exif=orientation_tag(6), **phone)
+    with pytest.MonkeyPatch.context() as before:
+        before.setattr("shards.images.upright", lambda image: image)
+        build(folder, out, workers=1, progress=False)
+    build(folder, out, workers=1, overwrite=overwrite, progress=False)
+    sample = Dataset.open(out).manifest("nut").samples("train")[-1][1]
+    assert (sample.width, sample.height) == ((17, 33) if anew else (33, 17))
+
+
+def test_the_command_overwrites_what_is_up_to_date(root: Path, tmp_path: Path) -> None:
+    command = ["build", "--root", root, "--category", "nut", "--out", tmp_path / "out", "--workers", 1]
+    assert shards(*command).returncode == 0
+    before = (tmp_path / "out/nut").stat().st_ino
+    assert shards(*command).returncode == 0 and (tmp_path / "out/nut").stat().st_ino == before
+    assert shards(*command, "--overwrite").returncode == 0 and (tmp_path / "out/nut").stat().st_ino != before
 
 
 @pytest.fixture

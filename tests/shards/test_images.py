@@ -118,6 +118,40 @@ def test_all_orientations_of_a_picture_are_other_pictures(orientation: int) -> N
     assert same == [other == orientation for other in range(1, 9)]
 
 
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def with_xmp(kind: str, orientation: int | None) -> bytes:
+    """`corner` with orientation 6 in its XMP, and one in its EXIF block (of a TIFF, its tag) unless that is None."""
+    stream, image = io.BytesIO(), corner()
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    if kind == "PNG":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("XML:com.adobe.xmp", XMP)
+        image.save(stream, format=kind, pnginfo=text, exif=exif)
+    elif kind == "TIFF":
+        image.save(stream, format=kind, tiffinfo={700: XMP.encode(), **dict(exif)})
+    else:
+        image.save(stream, format=kind, xmp=XMP.encode(), exif=exif, quality=95, lossless=True)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [None, 1, 3])
+def test_an_orientation_in_xmp_is_not_obeyed(kind: str, orientation: int | None) -> None:
+    """Viewers go by the EXIF block alone; Pillow would turn this by XMP where that has none."""
+    data = with_xmp(kind, orientation)
+    if orientation is None:
+        assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (24, 40)  # else this shows nothing
+    expected = corner().transpose(Image.Transpose.ROTATE_180) if orientation == 3 else corner()
+    image = load_image(data)
+    assert image.size == (40, 24) and np.array_equal(np.asarray(image.convert("L")) > 127, np.asarray(expected) > 127)
+    opened = upright(Image.open(io.BytesIO(data))) if kind != "TIFF" else image  # as `predict` takes pictures
+    assert opened.size == (40, 24)
+
+
 def test_a_palette_keeps_its_transparency_when_turned() -> None:
     image = Image.new("P", (4, 2), 0)
     image.putpalette([0, 0, 0, 10, 20, 30])
@@ -160,7 +194,7 @@ def test_a_tiff_whose_tags_are_broken_is_refused_by_name() -> None:
 
 def test_a_text_in_a_file_does_not_pass_for_what_the_software_notes() -> None:
     text = PngImagePlugin.PngInfo()
-    for name in ("EXIF orientation", "components smaller than a pixel"):
+    for name in ("EXIF orientation", "components that cover no pixel by half"):
         text.add_text(name, "six")
     stream = io.BytesIO()
     corner().save(stream, format="PNG", pnginfo=text)

@@ -175,14 +175,14 @@ def tagged(picture: Image.Image, orientation: int) -> Image.Image:
 
 def test_thin_defects_are_in_the_truth(tmp_path: Path) -> None:
     pictures, masks = [], []
-    for top, thickness in ((448, 4), (512, 4), (576, 4), (643, 1), (700, 40)):
+    for top, thickness in ((448, 4), (510, 4), (574, 4), (643, 1), (700, 40)):  # two lie across the edge of two rows
         pixels = np.full((1024, 1024), 60, np.uint8)
         pixels[top : top + thickness, 100:900] = 255
         pictures.append(Image.fromarray(pixels))
         masks.append(Image.fromarray(np.where(pixels > 60, 255, 0).astype(np.uint8)))
     dataset = defects(tmp_path, pictures, masks)
     test = TestImages.load(dataset, "cat", DataConfig(image_size=128), slice(None))
-    assert test.masks[:5].flatten(1).any(1).all() and test.small == [0, 0, 0, 1, 0, 0]
+    assert test.masks[:5].flatten(1).any(1).all() and test.small == [0, 1, 1, 1, 0, 0]
     assert map_metrics(test.images.mean(1), test.masks).average_precision > 0.9
     nearest = TestImages.load(dataset, "cat", DataConfig(image_size=128), slice(None), "nearest")
     assert nearest.masks.flatten(1).any(1).tolist() == [False] * 4 + [True, False]
