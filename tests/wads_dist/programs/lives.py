@@ -63,6 +63,16 @@ def wait(pids: list[int], timeout: float = 300) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
+def wait_until(condition: Callable[[], bool], pids: list[int], timeout: float = 300) -> None:
+    """Until it holds, while all ranks live."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        ended = [pid for pid in pids if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)]
+        assert not ended, f"ranks {ended} have ended early"
+        time.sleep(0.002)
+
+
 def run(world: int, body: Body, timeout: float = 300) -> None:
     """Ranks that must all end well."""
     codes = wait(start(world, body), timeout)

@@ -37,11 +37,15 @@ class Life:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.phase = mmap.mmap(-1, 1)  # shared with the forked ranks
+        self.shared = mmap.mmap(-1, 2)  # with the forked ranks: the first one's phase, and how many it has entered
 
     def enter(self, ranks: Ranks, phase: str) -> None:
         if ranks.is_first:
-            self.phase[0] = PHASES.index(phase)
+            self.shared[:] = bytes([PHASES.index(phase), min(self.shared[1] + 1, 255)])
+
+    def start(self) -> list[int]:
+        self.shared[:] = bytes(2)
+        return lives.start(2, lambda ranks: self.train(ranks, None) and None)
 
     def note(self, ranks: Ranks, entry: dict[str, object]) -> None:
         """One line in this rank's log, in one write: a kill leaves all of it or nothing."""
@@ -95,19 +99,20 @@ def main(base: Path) -> None:
 
     started = time.monotonic()
     lives.run(2, lambda ranks: broken.train(ranks, EVERY) and None)
-    span = 1.5 * (time.monotonic() - started)  # of a life: starting, loading, some steps, some saves
+    # Joining, loading, two steps, a save, and so on: to the third save at most, and from there into a phase.
+    longest = (time.monotonic() - started) / 4
     when: Counter[str] = Counter()
     for _ in range(kills):
-        broken.phase[0] = 0
-        pids = lives.start(2, lambda ranks: broken.train(ranks, None) and None)
-        time.sleep(draw.uniform(0, span))
-        when[PHASES[broken.phase[0]]] += 1
+        pids, phases, delay = broken.start(), draw.randint(0, 10), draw.uniform(0, longest)
+        lives.wait_until(lambda phases=phases: broken.shared[1] >= phases, pids)
+        time.sleep(delay)
+        when[PHASES[broken.shared[0]]] += 1
         victims = draw.choice([pids, pids[:1], pids[1:]])
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         codes = lives.wait(pids)
         assert all(codes), codes
-    print(f"{kills} kills within {span:.1f} s of a start:", dict(when), flush=True)
+    print(f"{kills} kills:", dict(when), flush=True)
 
     newest = int((folder / "latest").read_text().removeprefix("step-"))
     target = newest + 3
