@@ -270,8 +270,8 @@ def test_the_trivial_score_is_that_of_the_detector_that_is_better_at_it(run: Pat
     [
         ({}, "nearest", "by nearest."),  # of a run of before there was a choice
         ({"mask_rule": "area", "small_components": 0}, "area", "by area."),
-        ({"mask_rule": "area", "small_components": 3}, "area", "by area; of their components, 3 smaller"),
-        ({"mask_rule": "nearest", "small_components": 1}, "nearest", "by nearest; of their components, 1 smaller"),
+        ({"mask_rule": "area", "small_components": 3}, "area", "by area; of their components, 3 cover no pixel by half"),
+        ({"mask_rule": "nearest", "small_components": 1}, "nearest", "by nearest; of their components, 1 under no pixel"),
     ],
 )  # fmt: skip
 def test_how_masks_were_resized_is_said(run: Path, metrics: dict[str, Any], rule: str, said: str) -> None:
