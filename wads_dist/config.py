@@ -601,17 +601,7 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
             )
         merged |= {path: value for path, value in layer.items() if path not in sections}
         origin |= dict.fromkeys(layer, source)
-    for path in ADDRESSES:
-        if isinstance(location := merged.get(path), str):
-            if problem := address_problem(location):
-                problems.append(f"{path}: {problem} ({origin[path]})")
-                del merged[path]
-            else:
-                # In a file that a run has written there may be old ones, of an earlier version.
-                recorded = resolved and origin[path] == str(file)
-                merged[path] = bare(location) if recorded else take_credentials(location)
-                if recorded and bare(location) != location.rstrip("/"):
-                    _say_left_out(path, str(file), with_credentials(merged[path]) != merged[path])
+    problems += _take_out_credentials(merged, origin, str(file) if resolved else None)
     try:
         config = Config.model_validate(_nest(merged))
     except ValidationError as error:
@@ -620,6 +610,26 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def _take_out_credentials(values: dict[str, Any], origin: Mapping[str, str], record: str | None) -> list[str]:
+    """Leaves the addresses among ``values`` without credentials; returns what is wrong with them. ``record``: a file that a run
+    has written. One of an earlier version may hold credentials, which are not used."""
+    problems = []
+    for path in ADDRESSES:
+        location = values.get(path)
+        if not isinstance(location, str):
+            continue
+        if problem := address_problem(location):
+            problems.append(f"{path}: {problem} ({origin[path]})")
+            del values[path]
+        elif origin[path] != record:
+            values[path] = take_credentials(location)
+        else:
+            values[path] = bare(location)
+            if values[path] != location.rstrip("/"):
+                _say_left_out(path, record, with_credentials(values[path]) != values[path])
+    return problems
 
 
 @functools.cache
