@@ -35,13 +35,13 @@ for backbone in resnet18 resnet50; do
   step "step of $backbone" "$python" launch/profile_step.py --config configs/mvtec.toml --model.backbone $backbone \
     --trainer.global_batch_size 256 --json "benchmarks/results/$device-step-$backbone.json"
 done
-PYTHONPATH=. step "step beside plain PyTorch" "$python" benchmarks/training_step.py --batch 128 --rounds 20 \
+PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" step "step beside plain PyTorch" "$python" benchmarks/training_step.py --batch 128 --rounds 20 \
   --compile default reduce-overhead \
   --json "benchmarks/results/$device-training-step.json"
 step "demo shards" "$python" -m shards demo --out .data/demo --categories 2
 train demo --config configs/demo.toml
 # PYTHONPATH: the checkout is not installed there.
-PYTHONPATH=. step "categories on one GPU" "$python" benchmarks/categories_per_gpu.py --samples 8000 \
+PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" step "categories on one GPU" "$python" benchmarks/categories_per_gpu.py --samples 8000 \
   --json "benchmarks/results/$device-categories.json"
 if [ -d "${WADS_REAL_DATA:-}" ]; then
   train hazelnut --config configs/hazelnut.toml --data.root "$WADS_REAL_DATA"

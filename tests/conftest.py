@@ -26,7 +26,9 @@ def environment(**extra: str) -> dict[str, str]:
     """The environment of a child: this checkout's packages, this interpreter's programs, and CPU ranks."""
     inherited = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return inherited | {"PYTHONPATH": str(REPOSITORY), "PATH": path, "DS_ACCELERATOR": "cpu"} | extra
+    # Behind this checkout what the caller's path has: a host that installs nothing may keep its packages there.
+    packages = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return inherited | {"PYTHONPATH": packages, "PATH": path, "DS_ACCELERATOR": "cpu"} | extra
 
 
 @pytest.fixture

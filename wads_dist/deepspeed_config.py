@@ -99,6 +99,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             )
     if problems:
         raise ConfigError(problems)
+    # By default the throughput timer waits for the device at every forward pass and in every step of either engine: five
+    # times a step.
+    settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
     if stage in (1, 2) and not config.trainer.gradient_clipping:
         # The trainer has looked at all gradients before it lets an engine step; DeepSpeed would take their norm again, and
         # wait for the device to read it. (At ZeRO-3 it always does.)

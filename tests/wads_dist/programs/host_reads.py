@@ -1,9 +1,10 @@
 """One rank: what of a training step reads the device's numbers on the host, at each ZeRO stage; and whether a lone rank copies
 its gradients.
 
-On a GPU every such read waits for all that was launched before, and torch itself reports them (``set_sync_debug_mode``; not
-``torch.cuda.synchronize`` and waits for events). On a CPU they are counted: operators of whose result the host needs the size
-or the value as they pass the dispatcher, and methods that do not pass it where they are called.
+On a GPU every such read waits for all that was launched before, and torch itself reports them (``set_sync_debug_mode``). On a
+CPU they are counted: operators of whose result the host needs the size or the value as they pass the dispatcher, and methods
+that do not pass it where they are called. What only waits torch does not report: ``synchronize`` of the accelerator, device,
+stream and event is counted on either.
 """
 
 import contextlib
@@ -13,9 +14,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from common import join, leave, small_trainer
+from deepspeed.accelerator import get_accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,6 +98,23 @@ class Agreements:
             torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
 
 
+class Waits:
+    """Counts what waits for the device and asks nothing of it."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.count = 0
+        owners = (get_accelerator(), torch.cuda, torch.cuda.Event, torch.cuda.Stream, torch.accelerator)
+        for owner in owners:
+            stack.enter_context(mock.patch.object(owner, "synchronize", self._counted(owner.synchronize)))
+
+    def _counted(self, wait: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return wait(*args, **kwargs)
+
+        return counted
+
+
 ranks = join()
 for stage in sys.argv[1].split(","):
     trainer = small_trainer(
@@ -107,12 +127,13 @@ for stage in sys.argv[1].split(","):
     agreements = Agreements(trainer, methods)
     agreements.forbid_waiting(True)
     with contextlib.ExitStack() as stack:
+        waits = Waits(stack)
         if not agreements.on_gpu:
             stack.enter_context(reads)
             stack.enter_context(methods)
         trainer.step(24)
     agreements.forbid_waiting(False)
-    print(f"ZeRO-{stage}: {agreements.count} agreement, {len(reads.found)} other reads")
+    print(f"ZeRO-{stage}: {agreements.count} agreement, {len(reads.found)} other reads, {waits.count} waits")
     if stage == "0" and not agreements.on_gpu:
         parameters = sum(p.numel() for p in trainer.gs.module.parameters())
         print(f"  gradients are {'copied' if reads.joined > parameters / 2 else 'left where they are'}")
