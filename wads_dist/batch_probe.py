@@ -25,6 +25,7 @@ from wads_dist.distributed import Ranks
 from wads_dist.errors import is_out_of_memory
 from wads_dist.host_memory import give_back_freed_memory
 from wads_dist.kernel_timing import synchronise
+from wads_dist.layers import use_kernels
 from wads_dist.models import Discriminator, Wads
 from wads_dist.pulse import Pulse
 from wads_dist.trainer import Progress, Trainer, objective_weights
@@ -62,6 +63,8 @@ class Rehearsal(Trainer):
         size, rate, betas = config.data.image_size, config.trainer.learning_rate, config.trainer.betas
         wads = Wads(config.model, size, self.precision).to(ranks.device)
         discriminator = Discriminator(size, config.model.width, self.precision).to(ranks.device)
+        for network in (wads, discriminator):
+            use_kernels(network, config.trainer.kernels)
         self.gs, self.d = Bare(wads).train(), Bare(discriminator).train()
         self.optimizers = [engines.adam(network, rate, betas) for network in self.both]
 

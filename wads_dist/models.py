@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 from torchvision.transforms.functional import gaussian_blur
 
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
+from wads_dist.layers import GroupNorm, Pyramid, Up, bilinear_init_, set_padding, upsample
 
 BOTTLENECK = 4  # side of the last feature map before the latent code
+LEAK = 0.2
+ACTIVATED = nn.Identity
+"""Holds the place of an activation that the norm before it applies, so that parameters keep their names."""
 
 
 ERROR_FLOOR, ERROR_NEUTRAL = 0.02, 0.1
@@ -33,12 +35,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=AUTOCAST_DTYPE.get(precision), enabled=precision in AUTOCAST_DTYPE)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of at most 32 groups of at least 4 channels: unlike BatchNorm its result does not depend on how a batch is
-    split over ranks."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
-
-
 def encoder_stack(in_channels: int, width: int, image_size: int) -> tuple[nn.Sequential, int]:
     """Stride-2 4×4 convolutions from ``image_size`` down to 4×4; returns the stack and its output channels (≤ 8·width)."""
     layers: list[nn.Module] = []
@@ -46,40 +42,9 @@ def encoder_stack(in_channels: int, width: int, image_size: int) -> tuple[nn.Seq
     for stage in range(stages):
         out = width * min(2**stage, 8)
         layers += [nn.Conv2d(channels, out, 4, 2, 1, bias=stage == 0)]
-        layers += [group_norm(out)] if stage else []
-        layers += [nn.LeakyReLU(0.2, inplace=True)]
+        layers += [GroupNorm(out, LEAK), ACTIVATED()] if stage else [nn.LeakyReLU(LEAK, inplace=True)]
         channels = out
     return nn.Sequential(*layers), channels
-
-
-@torch.no_grad()
-def bilinear_init_(up: nn.ConvTranspose2d) -> None:
-    """Every 4×4 kernel is bilinear upsampling (as in FCN, Long et al. 2015) times one Gaussian weight per channel pair.
-
-    Independent taps make a decoder that starts from checkerboards and spends its first thousands of samples learning to be
-    smooth, which SSIM on a flat background punishes most; 3,000 samples of this one are worth more than 8,000 of that.
-    """
-    tent = torch.tensor([0.25, 0.75, 0.75, 0.25])
-    kernel = torch.outer(tent, tent)
-    # Each output sees 2×2 taps of every input channel: with the kernel's mean square at 1, its variance is the input's.
-    kernel = kernel / kernel.square().mean().sqrt()
-    pair = torch.randn(*up.weight.shape[:2], 1, 1) / math.sqrt(4 * up.in_channels)
-    up.weight.copy_(pair * kernel)
-
-
-class Up(nn.ConvTranspose2d):
-    """Doubles the side, by a 4×4 kernel. Each output sees 2×2 inputs; those beyond the edge are zeros, which leave a frame on
-    every reconstruction, or (``padding`` "replicate") continue the map."""
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool, padding: str) -> None:
-        super().__init__(in_channels, out_channels, 4, stride=2, padding=1, bias=bias)
-        self.replicate = padding == "replicate"
-
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if not self.replicate:
-            return super().forward(x, output_size)
-        # One input more on either side is two outputs more, which are cut off again.
-        return F.conv_transpose2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.weight, self.bias, stride=2, padding=3)
 
 
 class Generator(nn.Module):
@@ -96,7 +61,7 @@ class Generator(nn.Module):
         self.code = nn.Conv2d(channels, latent, BOTTLENECK)
         layers: list[nn.Module] = [nn.ConvTranspose2d(latent, channels, BOTTLENECK, bias=False)]
         for stage in reversed(range(int(math.log2(image_size // BOTTLENECK)))):
-            layers += [group_norm(channels), nn.ReLU(inplace=True)]
+            layers += [GroupNorm(channels, 0.0), ACTIVATED()]
             out = width * min(2 ** (stage - 1), 8) if stage else 3
             layers += [Up(2 * channels if skips else channels, out, bias=stage == 0, padding=padding)]
             channels = out
@@ -114,7 +79,7 @@ class Generator(nn.Module):
         x, maps = x * 2 - 1, []
         for layer in self.stack:
             x = layer(x)
-            if self.skips and isinstance(layer, nn.LeakyReLU):
+            if self.skips and isinstance(layer, nn.LeakyReLU | ACTIVATED):
                 maps.append(x)
         return self.code(x).flatten(1), maps
 
@@ -184,7 +149,7 @@ class Segmenter(nn.Module):
         self.pool = resnet.maxpool
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
         widths = [resnet.fc.in_features // 2**i for i in (3, 2, 1, 0)]
-        self.pyramid = FeaturePyramidNetwork(widths, fpn_width, norm_layer=group_norm)
+        self.pyramid = Pyramid(widths, fpn_width, norm_layer=GroupNorm)
         half, quarter = fpn_width // 2, fpn_width // 4
         self.reduce = _conv(fpn_width, half)
         self.lateral = nn.Conv2d(64, half, 1)
@@ -193,8 +158,8 @@ class Segmenter(nn.Module):
         self.head = nn.Sequential(
             nn.Conv2d(quarter + seen, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 1, 3, padding=1)
         )
-        for module in (self.pyramid, self.reduce, self.refine, self.head):
-            set_padding(module, config.padding)
+        for part in (self.pyramid, self.reduce, self.refine, self.head):
+            set_padding(part, config.padding)
         if config.freeze_batchnorm:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -216,16 +181,15 @@ class Segmenter(nn.Module):
         if self.difference:
             seen = torch.cat([seen, (image - reconstruction).abs()], 1)
         stem = self.stem(seen)
-        features, x = {}, self.pool(stem)
-        for i, stage in enumerate(self.stages):
+        maps, x = [], self.pool(stem)
+        for stage in self.stages:
             x = stage(x)
-            features[str(i)] = x
-        levels = list(self.pyramid(features).values())
-        x = levels[0]
-        for level in levels[1:]:
-            x = x + _upsample(level, x)
-        x = self.refine(_upsample(self.reduce(x), stem) + self.lateral(stem))
-        return self.head(torch.cat([_upsample(x, seen), seen], 1))
+            maps.append(x)
+        x, *smaller = self.pyramid.levels(maps)
+        for level in smaller:
+            x = x + upsample(level, x)
+        x = self.refine(upsample(self.reduce(x), stem) + self.lateral(stem))
+        return self.head(torch.cat([upsample(x, seen), seen], 1))
 
 
 class Wads(nn.Module):
@@ -333,18 +297,7 @@ def widen(conv: nn.Conv2d, channels: int, keep: bool) -> nn.Conv2d:
     return wide
 
 
-def set_padding(module: nn.Module, mode: str) -> None:
-    """How the convolutions in ``module`` continue their input beyond its edge ("zeros", "replicate")."""
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d) and part.padding != (0, 0):
-            part.padding_mode = mode  # type: ignore[assignment]
-
-
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), group_norm(out_channels), nn.ReLU(inplace=True)
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), GroupNorm(out_channels, 0.0), ACTIVATED()
     )
-
-
-def _upsample(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)

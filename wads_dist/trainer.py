@@ -20,6 +20,7 @@ from wads_dist.deepspeed_config import deepspeed_config, resolve_precision, with
 from wads_dist.distributed import Ranks
 from wads_dist.errors import NotFiniteError
 from wads_dist.guards import Report, Requests, Verdict
+from wads_dist.layers import use_kernels
 from wads_dist.models import Discriminator, Wads
 from wads_dist.pulse import OwnTime, Pulse
 
@@ -131,6 +132,14 @@ def learning_rate(config: Config, position: int) -> float:
     return trainer.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * after)) / 2)
 
 
+def copy_all(to: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Copies each into its counterpart, in a launch a type instead of one a tensor."""
+    for dtype in {t.dtype for t in tensors}:
+        chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        torch._foreach_copy_([to[i] for i in chosen], [tensors[i] for i in chosen])
+    return to
+
+
 class Trainer:
     """Owns the engines and the progress of one category."""
 
@@ -158,6 +167,8 @@ class Trainer:
             # The same samples on every rank, whatever their number: all ranks start from the same weights.
             wads.generator.standardise_code(data.batch(torch.arange(CODE_SAMPLES, device=ranks.device)).clean)
         discriminator = Discriminator(config.data.image_size, config.model.width, self.precision).to(ranks.device)
+        for network in (wads, discriminator):
+            use_kernels(network, config.trainer.kernels)
         settings = deepspeed_config(config, ranks.world_size)
         rate, betas = config.trainer.learning_rate, config.trainer.betas
         monitored = with_monitors(settings, config.run.dir, category)
@@ -212,7 +223,8 @@ class Trainer:
         seconds = self.own_time.take()  # the last step's: the device has finished it
         micro_batches = self.sample_ids(first)
         upcoming = self.sample_ids(first + self.config.trainer.global_batch_size)[:1]
-        buffers = [b.clone() for b in self.gs.module.buffers()]
+        kept = list(self.gs.module.buffers())
+        buffers = copy_all([torch.empty_like(b) for b in kept], kept)
         for i, ids in enumerate(micro_batches):
             with self.own_time:
                 mark("data", number)
@@ -266,7 +278,7 @@ class Trainer:
         if verdict.rejected:
             for engine in self.both:
                 engines.discard(engine)
-            torch._foreach_copy_(list(self.gs.module.buffers()), buffers)
+            copy_all(list(self.gs.module.buffers()), buffers)
         else:
             if self.loss_scale.scale != 1:
                 torch._foreach_div_(grads, self.loss_scale.scale)

@@ -1,4 +1,5 @@
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,13 @@ from torch import nn
 
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
+from wads_dist.layers import Up, bilinear_init_
 from wads_dist.models import (
     Discriminator,
     Generator,
     Segmenter,
-    Up,
     Wads,
-    bilinear_init_,
     encoder_stack,
-    group_norm,
     load_backbone,
 )
 
@@ -87,7 +86,8 @@ def test_without_skip_connections_the_generator_is_what_it_was_before_they_could
     stack, channels = encoder_stack(3, 8, 64)
     code, first = nn.Conv2d(channels, 16, 4), nn.ConvTranspose2d(16, channels, 4, bias=False)
     ups = [Up(a, b, bias=b == 3, padding="zeros") for a, b in ((64, 32), (32, 16), (16, 8), (8, 3))]
-    decoder = nn.Sequential(first, *(m for up in ups for m in (group_norm(up.in_channels), nn.ReLU(), up)))
+    norms = [nn.GroupNorm(math.gcd(32, up.in_channels // 4), up.in_channels) for up in ups]
+    decoder = nn.Sequential(first, *(m for norm, up in zip(norms, ups, strict=True) for m in (norm, nn.ReLU(), up)))
     for up in ups:
         bilinear_init_(up)
     follows = torch.rand(1)
