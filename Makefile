@@ -2,6 +2,8 @@
 # PYTHON is the interpreter that creates .venv (3.11 or later) and, for `make gpu`, the one that runs it all.
 
 PYTHON ?= python3
+PART ?= 1 2
+OUT ?= benchmarks/results/gpu
 BIN := .venv/bin
 # DeepSpeed's launcher and torch's extension builder look for `python` and `ninja` on the PATH.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
@@ -53,8 +55,8 @@ test: lint ## check style and types, and run every test that needs no GPU
 test-fast: setup ## the tests that take seconds
 	$(RUN) pytest -m "not gpu and not slow and not fault and not cluster and not slurm"
 
-gpu: ## GPU tests, kernel profile and short training runs, with PYTHON's own packages; installs nothing
-	benchmarks/gpu.sh $(PYTHON)
+gpu: ## what needs a GPU, with PYTHON's own packages; PART=1 or 2 (7 minutes each; default: both), OUT=FOLDER for the results
+	benchmarks/gpu.sh $(PYTHON) "$(PART)" $(OUT)
 
 bench: setup ## run the benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PYTHONPATH=. $(RUN) python "$$file"; done

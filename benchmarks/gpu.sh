@@ -1,52 +1,85 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, installing nothing: the GPU tests, the kernels' throughput beside the peers that are installed,
-# and short training runs. A step that fails does not keep the later ones from running; the exit status tells of it.
+# What a GPU has to say, the most valuable first: two parts of seven minutes each, installing nothing. Every step has a limit of its
+# own, writes as it goes, and keeps no later one from running; the exit status tells of those that failed.
 #
-#   benchmarks/gpu.sh [PYTHON]    PYTHON: an interpreter with torch, deepspeed and the rest (python3)
-#   WADS_REAL_DATA=DIR            trains on DIR/hazelnut_toy as well
+#   benchmarks/gpu.sh [PYTHON [PART [FOLDER]]]
+#     PYTHON  an interpreter with torch, deepspeed and the rest (python3); packages in PYTHONPATH are kept
+#     PART    1: are the kernels right, how fast, what does a step cost; 2: real training, torch.compile, sharing a GPU; default: both
+#     FOLDER  for all results (benchmarks/results/gpu)
+#   WADS_REAL_DATA=DIR  the folder of hazelnut_toy/ and cookies/; without it part 2 trains the demo's categories
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 unset TRITON_INTERPRET DS_ACCELERATOR
 python=$(command -v "${1:-python3}") || { echo "there is no ${1:-python3}" >&2; exit 1; }
+parts=${2:-1 2}
+out=${3:-benchmarks/results/gpu}
+case $parts in 1 | 2 | "1 2") ;; *) echo "PART is 1 or 2, not '$parts'" >&2; exit 1 ;; esac
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch sees no GPU here")' || exit 1
+mkdir -p "$out" || exit 1
+out=$(cd "$out" && pwd)
+work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT || exit 1
 export PATH="$(dirname "$python"):$PATH" # torch's extension builder looks for ninja there
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COLUMNS=150
 
-device=$("$python" - <<'END'
-import re, sys, torch
-if not torch.cuda.is_available():
-    sys.exit("torch sees no GPU here")
-print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
-END
-) || exit 1
-
-failed=()
-step() { # NAME COMMAND...
-  echo "== $1"
-  "${@:2}" || failed+=("$1 (exit status $?)")
+failed=() began=$SECONDS
+step() { # NAME SECONDS COMMAND...
+  local start=$SECONDS code=0
+  echo "== $1 (at $((start - began)) s, limit $2 s)" | tee -a "$log"
+  timeout -k 5 "$2" "${@:3}" >"$work/step.log" 2>&1 || code=$?
+  cat "$work/step.log" >>"$log"
+  tail -n 45 "$work/step.log" | cut -c1-170
+  echo "-- $1: exit status $code, $((SECONDS - start)) s" | tee -a "$log"
+  [ "$code" -eq 0 ] || failed+=("$1 (exit status $code)")
 }
-train() { # NAME ARGUMENT...: into an empty folder
-  rm -rf "runs/gpu-$1"
-  step "train $1" "$python" -m deepspeed.launcher.runner launch/train.py --run.dir "runs/gpu-$1" "${@:2}"
+train() { # NAME SECONDS ARGUMENT...
+  step "train $1" "$2" "$python" -m deepspeed.launcher.runner launch/train.py --run.dir "$work/runs/$1" "${@:3}"
+  (cd "$work/runs" && find "$1" \( -name metrics.json -o -name summary.json -o -name events.jsonl -o -name samples.png \
+    -o -name report.html -o -name config.toml -o -name code.json \) -print0 | tar czf "$out/$1.tgz" --null -T -)
 }
 
-mkdir -p benchmarks/results
-step "tests" "$python" -m pytest -m gpu tests
-step "kernels" "$python" launch/profile_kernels.py --json "benchmarks/results/$device.json" --plot "benchmarks/results/$device.png"
-for backbone in resnet18 resnet50; do
-  step "step of $backbone" "$python" launch/profile_step.py --config configs/mvtec.toml --model.backbone $backbone \
-    --trainer.global_batch_size 256 --json "benchmarks/results/$device-step-$backbone.json"
+part_1() {
+  command -v nvidia-smi >/dev/null && step "device" 20 nvidia-smi \
+    --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.sm,power.limit --format=csv
+  step "versions" 40 "$python" -c 'import json; from wads_dist.record import code_version; print(json.dumps(code_version()))'
+  # One after the other, Triton's compilations alone would take minutes; processes share the GPU where pytest-xdist and pytest-timeout are there.
+  "$python" -c "import xdist, pytest_timeout" 2>/dev/null && many="-n 6 --timeout 100" || many=
+  step "tests" 150 "$python" -m pytest -q -m gpu $many -p no:cacheprovider --durations 8 --junitxml "$out/tests.xml" tests
+  # Apart, so that what is done is written; what kernels compile to needs no GPU.
+  for kernel in objective synthesis; do
+    step "kernels: $kernel" 70 "$python" launch/profile_kernels.py --kernel $kernel --dtype fp32 bf16 --batch 64 256 \
+      --seconds 0.15 --no-compiled --json "$out/kernels-$kernel.json" \
+      --only triton torch torch.compile fussim "pytorch-msssim + torchvision"
+  done
+  step "kernels: objective, channels_last" 40 "$python" launch/profile_kernels.py --kernel objective --channels-last \
+    --dtype bf16 --batch 64 256 --seconds 0.15 --no-compiled --only triton torch --json "$out/kernels-channels-last.json"
+  step "step of ResNet-50" 90 "$python" launch/profile_step.py --config configs/mvtec.toml --data.shards none --steps 15 \
+    --trainer.deepspeed configs/deepspeed/zero0.json --trainer.global_batch_size 256 --json "$out/step-resnet50.json"
+  # What binds a kernel: issue slots, L1, L2 writes, or waiting?
+  command -v ncu >/dev/null && step "counters" 75 ncu --clock-control none -k "regex:objective_.*|_prepare_kernel|_pixel_kernel|group_norm_.*" \
+    --set full --csv --page details --log-file "$out/counters.csv" "$python" benchmarks/each_kernel_once.py
+}
+
+part_2() {
+  if [ -d "${WADS_REAL_DATA:-}" ]; then
+    # Two sets at once on one GPU: accuracy at a budget that no CPU can pay.
+    train photographs 200 --config configs/hazelnut.toml --data.root "$WADS_REAL_DATA" --data.categories hazelnut_toy,cookies \
+      --parallel.categories_per_gpu 2 --trainer.samples 200000 --trainer.global_batch_size 64
+  else
+    step "demo shards" 60 "$python" -m shards demo --out "$work/demo" --categories 2
+    train demo 150 --config configs/demo.toml --data.shards "$work/demo" --data.cache "$work/cache"
+  fi
+  step "step beside plain PyTorch" 200 "$python" benchmarks/training_step.py --backbones resnet50 --batch 256 --rounds 8 \
+    --compile default --json "$out/training-step.json"
+  step "one and four categories" 75 "$python" benchmarks/categories_per_gpu.py --samples 1600 --at-once 1 4 \
+    --json "$out/categories.json"
+}
+
+for part in $parts; do
+  log=$out/log-$part.txt
+  : >"$log"
+  "part_$part"
 done
-PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" step "step beside plain PyTorch" "$python" benchmarks/training_step.py --batch 128 --rounds 20 \
-  --compile default reduce-overhead \
-  --json "benchmarks/results/$device-training-step.json"
-step "demo shards" "$python" -m shards demo --out .data/demo --categories 2
-train demo --config configs/demo.toml
-# PYTHONPATH: the checkout is not installed there.
-PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" step "categories on one GPU" "$python" benchmarks/categories_per_gpu.py --samples 8000 \
-  --json "benchmarks/results/$device-categories.json"
-if [ -d "${WADS_REAL_DATA:-}" ]; then
-  train hazelnut --config configs/hazelnut.toml --data.root "$WADS_REAL_DATA"
-fi
-
-[ ${#failed[@]} -eq 0 ] && { echo "== all steps passed"; exit 0; }
+echo "== all: $((SECONDS - began)) s, results in $out"
+[ ${#failed[@]} -eq 0 ] && exit 0
 printf '== failed: %s\n' "${failed[@]}" >&2
 exit 1
