@@ -46,12 +46,10 @@ part_1() {
   step "tests" 150 "$python" -m pytest -q -m gpu $many -p no:cacheprovider --durations 8 --junitxml "$out/tests.xml" tests
   # Apart, so that what is done is written; what kernels compile to needs no GPU.
   for kernel in objective synthesis; do
-    step "kernels: $kernel" 70 "$python" launch/profile_kernels.py --kernel $kernel --dtype fp32 bf16 --batch 64 256 \
-      --seconds 0.15 --no-compiled --json "$out/kernels-$kernel.json" \
+    step "kernels: $kernel" 90 "$python" launch/profile_kernels.py --kernel $kernel --dtype fp32 bf16 --batch 64 256 \
+      --layout channels_last contiguous --seconds 0.15 --no-compiled --json "$out/kernels-$kernel.json" --csv "$out/kernels-$kernel.csv" \
       --only triton torch torch.compile fussim "pytorch-msssim + torchvision"
   done
-  step "kernels: objective, channels_last" 40 "$python" launch/profile_kernels.py --kernel objective --channels-last \
-    --dtype bf16 --batch 64 256 --seconds 0.15 --no-compiled --only triton torch --json "$out/kernels-channels-last.json"
   step "step of ResNet-50" 90 "$python" launch/profile_step.py --config configs/mvtec.toml --data.shards none --steps 15 \
     --trainer.deepspeed configs/deepspeed/zero0.json --trainer.global_batch_size 256 --json "$out/step-resnet50.json"
   # What binds a kernel: issue slots, L1, L2 writes, or waiting?

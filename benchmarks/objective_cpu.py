@@ -25,7 +25,9 @@ NAMES = ("native", "torch", PEER)
 def compare(batch: int, size: int, seconds: float, threads: int, channels_last: bool) -> dict[str, Any]:
     """Median milliseconds of each implementation, and how many times faster than the peer it is."""
     torch.set_num_threads(threads)
-    case = Case("objective", batch, size, "fp32", True, torch.device("cpu"), channels_last)
+    case = Case(
+        "objective", batch, size, "fp32", True, torch.device("cpu"), "channels_last" if channels_last else "contiguous"
+    )
     inputs = case.inputs(0)
     chosen = [i for i in IMPLEMENTATIONS if i.kernel == case.kernel and i.name in NAMES]
     medians = take_turns({i.name: host_clock(i.prepare(case, inputs), case.device) for i in chosen}, seconds)

@@ -11,7 +11,7 @@ import torch
 
 from kernels.objective import WINDOW
 from wads_dist.entry import check_checkout
-from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS
+from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS, LAYOUTS
 from wads_dist.kernel_profile import KERNELS, Options, candidates, cases, profile_kernels
 
 
@@ -30,9 +30,11 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--only", nargs="+", choices=names, default=(), help="implementations (default: all)")
     add("--seconds", type=float, default=1.0, help="time for each measurement (default: 1); at least 5 readings")
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="default: a GPU if there is one")
-    add("--channels-last", action="store_true", help="images of the objective in the layout that training uses")
+    add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS[:1], dest="layouts", help="of the objective's images (default: "
+        "contiguous; training's is channels_last)")  # fmt: skip
     add("--no-compiled", action="store_false", dest="compiled", help="no report on kernels compiled for other devices")
-    add("--json", help="JSON file, - for standard output")
+    add("--json", help="JSON file, written as results come; - for standard output, at the end")
+    add("--csv", type=Path, help="CSV file, a line for each result with the device's name, written as results come")
     add("--plot", type=Path, help="roofline plot, a PNG file")
     add("--trace", type=Path, help="Chrome trace of one call of each")
     given = parser.parse_args(argv)
@@ -48,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> Options:
         parser.error(f"argument --size: {given.size} must be at least {WINDOW}")
     if not 0 <= given.seconds < 3600:
         parser.error(f"argument --seconds: {given.seconds} must be from 0 to 3600")
-    for name in ("json", "plot", "trace"):
+    for name in ("json", "csv", "plot", "trace"):
         path = Path(getattr(given, name) or "-")
         if str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
             parser.error(f"argument --{name}: '{path}' must be a file in a folder that exists")

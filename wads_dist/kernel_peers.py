@@ -22,9 +22,11 @@ from kernels.objective import SIGMA, WINDOW, ObjectiveWeights, objective, sparsi
 from kernels.synthesis import SynthesisSettings, synthesise, whole_images
 
 Kernel = Literal["objective", "synthesis"]
+Layout = Literal["contiguous", "channels_last"]
 Array = NDArray[Any]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
 TERMS = ("ssim", "mse", "focal", "kl")
 OURS = ("triton", "native", "torch")
 TEXTURES = 32
@@ -53,10 +55,11 @@ class Case:
     dtype: str
     backward: bool
     device: torch.device
-    channels_last: bool = False
+    layout: Layout = "contiguous"
 
     def __str__(self) -> str:
-        return f"{self.kernel} {'x'.join(map(str, self.shape))} {self.dtype} {self.passes}"
+        layout = " channels_last" * (self.layout == "channels_last")
+        return f"{self.kernel} {'x'.join(map(str, self.shape))}{layout} {self.dtype} {self.passes}"
 
     @property
     def passes(self) -> str:
@@ -89,7 +92,7 @@ class Case:
 
         if self.kernel == "synthesis":
             return stored(self.batch), stored(TEXTURES), torch.arange(self.batch, device=self.device)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         x = torch.sigmoid(normal(3))
         y = (x + 0.1 * normal(3)).clamp(0, 1)
         x, y = (t.to(DTYPES[self.dtype], memory_format=layout) for t in (x, y))

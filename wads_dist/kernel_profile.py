@@ -4,6 +4,8 @@ A result's bound is the larger of two times: the fewest bytes an implementation 
 moves, and the operations that the best known scheme needs over the device's fp32 peak (``bytes_and_operations``).
 """
 
+import csv
+import io
 import itertools
 import json
 import os
@@ -23,7 +25,18 @@ from kernels import native
 from wads_dist.checkpoint_files import write_text
 from wads_dist.entry import REPOSITORY
 from wads_dist.errors import ExitCode
-from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS, OURS, PACKAGES, TERMS, Case, Implementation, Kernel, version
+from wads_dist.kernel_peers import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    OURS,
+    PACKAGES,
+    TERMS,
+    Case,
+    Implementation,
+    Kernel,
+    Layout,
+    version,
+)
 from wads_dist.kernel_report import compile_tables, left_out, result_tables, save_roofline
 from wads_dist.kernel_timing import (
     Clock,
@@ -50,9 +63,10 @@ class Options:
     kernels: Sequence[Kernel] = KERNELS
     only: Sequence[str] = ()
     seconds: float = 1.0
-    channels_last: bool = False
+    layouts: Sequence[Layout] = ("contiguous",)
     compiled: bool = True
     json: str | None = None
+    csv: Path | None = None
     plot: Path | None = None
     trace: Path | None = None
 
@@ -90,12 +104,14 @@ def bytes_and_operations(case: Case, terms: tuple[str, ...] = TERMS) -> tuple[fl
 
 
 def cases(options: Options) -> list[Case]:
-    """Every combination that was asked for; synthesis has no backward pass."""
+    """Every combination that was asked for; synthesis has no backward pass, and one layout."""
     o = options
     return [
-        Case(kernel, batch, o.size, dtype, backward, o.device, o.channels_last)
-        for kernel, batch, dtype, backward in itertools.product(o.kernels, o.batches, o.dtypes, (False, True))
-        if not (kernel == "synthesis" and backward)
+        Case(kernel, batch, o.size, dtype, backward, o.device, layout)
+        for kernel, batch, layout, dtype, backward in itertools.product(
+            o.kernels, o.batches, o.layouts, o.dtypes, (False, True)
+        )
+        if not (kernel == "synthesis" and (backward or layout != o.layouts[0]))
     ]
 
 
@@ -131,10 +147,26 @@ def measure(
         except Exception as error:  # a peer's failure is a result, and the others' numbers are still wanted
             errors[implementation.name] = f"{type(error).__name__}: {error}".splitlines()[0]
     medians = take_turns(clocks, seconds)
-    return [
-        _result(case, i, device, {kind: t for (name, kind), t in medians.items() if name == i.name}, errors.get(i.name))
-        for i in implementations
-    ]
+    results = []
+    for i in implementations:
+        own = {kind: t for (name, kind), t in medians.items() if name == i.name}
+        results.append(_result(case, i, device, own, errors.get(i.name)))
+        results[-1]["peak_mib"] = None if i.name in errors else peak_mib(i, case, sets[0])
+    return results
+
+
+def peak_mib(implementation: Implementation, case: Case, inputs: tuple[torch.Tensor, ...]) -> float | None:
+    """Device memory that a call takes beside its inputs, results included; None on a CPU, where it is not counted."""
+    if case.device.type != "cuda":
+        return None
+    call = implementation.prepare(case, inputs)
+    call()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _clocks(implementation: Implementation, case: Case, sets: Sequence[tuple[torch.Tensor, ...]]) -> dict[str, Clock]:
@@ -180,7 +212,7 @@ def _result(
     }
     if case.kernel == "objective":
         result["terms"] = list(implementation.terms)
-        result["layout"] = "channels_last" if case.channels_last else "contiguous"
+        result["layout"] = case.layout
     return result | ({"error": error} if error else {})
 
 
@@ -246,34 +278,57 @@ def save_trace(path: Path, options: Options) -> None:
 def gather(options: Options, progress: Console) -> tuple[Device, dict[str, Any], list[str]]:
     """Measures everything: the device, the report as the JSON file has it, and a line for each thing of ours that failed.
 
-    What fails is said on ``progress`` and hides none of the rest.
+    The files asked for are written as results come: a machine that is lent by the minute may be gone before the last. What
+    fails is said on ``progress`` and hides none of the rest.
     """
     results: list[dict[str, Any]] = []
     with progress.status("the device's bandwidth and peak") as status:
         device = measure_device(options.device)
+        report = {
+            "device": device.name,
+            "versions": versions(options.device),
+            "copy_gbps": device.copy_gbps,
+            "results": results,
+            "compiled": [],
+        }
         for case in cases(options):
             status.update(str(case))
             results += measure(case, candidates(case, options.only), device, options.seconds)
+            write(report, options)
     failures = {
         f"{r['kernel']} {r['implementation']}: {r['error']}": r["implementation"] for r in results if "error" in r
     }
-    compiled = []
     if options.compiled:
         try:
             with progress.status("compiling for other devices"):
-                compiled = compiled_kernels()
+                report["compiled"] = compiled_kernels()
+            write(report, options)
         except RuntimeError as error:
             failures[str(error)] = "triton"
     for failure in failures:
         progress.print(f"failed: {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
-    report = {
-        "device": device.name,
-        "versions": versions(options.device),
-        "copy_gbps": device.copy_gbps,
-        "results": results,
-        "compiled": compiled,
-    }
     return device, report, [failure for failure, implementation in failures.items() if implementation in OURS]
+
+
+CSV = (
+    "device", "torch", "triton", "kernel", "implementation", "batch", "size", "layout", "dtype", "pass", "median_us", "cold_us",
+    "warm_us", "clock", "gbps", "fraction_of_roof", "peak_mib", "error",
+)  # fmt: skip
+"""Columns of ``--csv``; a line is a result, and names its device, so that files of several can be joined."""
+
+
+def write(report: Mapping[str, Any], options: Options) -> None:
+    """The files of numbers that were asked for."""
+    if options.json not in (None, "-"):
+        write_text(Path(options.json), json.dumps(report, indent=1, allow_nan=False) + "\n")
+    if options.csv:
+        text = io.StringIO()
+        lines = csv.DictWriter(text, CSV, extrasaction="ignore", lineterminator="\n")
+        lines.writeheader()
+        for result in report["results"]:
+            shape = {"batch": result["shape"][0], "size": result["shape"][-1]}
+            lines.writerow(report["versions"] | {"device": report["device"]} | shape | result)
+        write_text(options.csv, text.getvalue())
 
 
 def profile_kernels(options: Options) -> ExitCode:
@@ -283,11 +338,8 @@ def profile_kernels(options: Options) -> ExitCode:
     console.print(*result_tables(report["results"], device), sep="\n")
     console.print(left_out(report["versions"]), style="dim", highlight=False)
     console.print(*compile_tables(report["compiled"]), sep="\n")
-    text = json.dumps(report, indent=1, allow_nan=False)
     if options.json == "-":
-        print(text)
-    elif options.json:
-        write_text(Path(options.json), text + "\n")
+        print(json.dumps(report, indent=1, allow_nan=False))
     if options.plot:
         save_roofline(options.plot, report["results"], device)
     if options.trace:

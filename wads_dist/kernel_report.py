@@ -48,10 +48,11 @@ def result_tables(results: Sequence[Result], device: Device) -> Iterator[Table]:
         + " Host: not a CUDA graph, timed by the host's clock."
         * warm
     )
-    groups = [(key, list(rows)) for key, rows in itertools.groupby(results, lambda r: (r["kernel"], r["shape"]))]
-    for (kernel, shape), rows in groups:
+    kinds = itertools.groupby(results, lambda r: (r["kernel"], r["shape"], r.get("layout")))
+    groups = [(key, list(rows)) for key, rows in kinds]
+    for (kernel, shape, of_objective), rows in groups:
         last = rows is groups[-1][1]
-        layout = " channels_last" if rows[0].get("layout") == "channels_last" else ""
+        layout = " channels_last" if of_objective == "channels_last" else ""
         title = f"{kernel} {'×'.join(map(str, shape))}{layout}"
         table = _table(title, caption=caption if last else None, caption_justify="left")
         table.add_column("implementation", overflow="fold")

@@ -1,3 +1,4 @@
+import csv
 import io
 import json
 import subprocess
@@ -179,6 +180,29 @@ def test_the_json_file_has_the_schema_and_the_numbers_agree(quick: None, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
 
 
+def test_what_is_measured_is_written_at_once(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that is lent by the minute may be gone before the last; a line names its device."""
+    measure, done = kernel_profile.measure, []
+
+    def cut_off(*arguments: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(arguments[0])
+        return measure(*arguments)
+
+    monkeypatch.setattr(kernel_profile, "measure", cut_off)
+    files = ["--json", str(tmp_path / "a.json"), "--csv", str(tmp_path / "a.csv")]
+    with pytest.raises(KeyboardInterrupt):
+        main([*TINY, "--kernel", "objective", "--layout", "channels_last", "contiguous", "--only", "torch", *files])
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    with (tmp_path / "a.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    expected = [("channels_last", "forward"), ("channels_last", "forward+backward"), ("contiguous", "forward")]
+    assert [(r["layout"], r["pass"]) for r in results] == [(line["layout"], line["pass"]) for line in lines] == expected
+    assert {(line["device"], line["batch"], line["torch"]) for line in lines} == {("a device", "2", torch.__version__)}
+    assert [float(line["median_us"]) for line in lines] == [r["median_us"] for r in results]
+
+
 def test_json_on_standard_output_is_alone_there(quick: None, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, "--only", "torch", "--kernel", "synthesis", "--json", "-"]) == 0
     out, err = capfd.readouterr()
@@ -346,4 +370,4 @@ def test_on_a_gpu_everything_of_ours_is_measured_cold_and_warm(tmp_path: Path) -
     graphs = [r for r in report["results"] if r["clock"] == "graph"]
     assert {r["implementation"] for r in graphs} >= {"triton", "torch"}
     assert all(r["warm_us"] > 0 and 0 < r["cold_us"] == r["median_us"] for r in graphs)
-    assert all(r["gbps"] > 0 for r in report["results"])
+    assert all(r["gbps"] > 0 and r["peak_mib"] > 0 for r in report["results"])
