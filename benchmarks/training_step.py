@@ -1,13 +1,16 @@
-"""The joint training step beside what one would write in plain PyTorch, in one run on one rank.
+"""The joint training step beside what one would write in plain PyTorch, in one run on one rank or several.
 
     PYTHONPATH=. python benchmarks/training_step.py [--backbones resnet18 resnet50] [--batch 16] [--rounds 5]
-[--compile default reduce-overhead] [--json FILE]
+[--compile default reduce-overhead] [--json FILE] [SETTINGS]
+    PYTHONPATH=. torchrun --nproc-per-node 2 benchmarks/training_step.py …      (--batch is that of all ranks)
 
 All train the same networks from the same weights with the same losses; rows take turns, a step each, and medians are compared:
 
 * ``eager NCHW fp32``: as it is first written. Contiguous layout, fp32, passes of the discriminator for L_adv and L_disc, the
   losses in PyTorch, one batch in memory again and again.
-* ``eager channels_last bf16``: the same loop with channels_last, autocast, fused Adam and our compiled losses.
+* ``eager channels_last bf16`` (or what ``trainer.precision`` is here): the same with channels_last, autocast, fused Adam, and
+  our compiled losses.
+* ``the same, DDP``: in torch's DistributedDataParallel; among several ranks only this and ours add up their gradients.
 * ``our step, no DeepSpeed``: the trainer's step with synthesis, in plain PyTorch.
 * ``ours``: ``Trainer.step``, what a run does: synthesis, both engines, the agreement on finiteness.
 * with ``--compile MODE ...``, ``ours, MODE``: the same with the networks compiled by torch.compile in that mode (``default``;
@@ -29,12 +32,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from kernels.objective import objective
 from kernels.synthesis import Batch
 from wads_dist.config import Config, load_config
+from wads_dist.deepspeed_config import resolve_precision
 from wads_dist.distributed import Ranks
 from wads_dist.kernel_timing import measure_device, synchronise
+from wads_dist.layers import use_kernels
 from wads_dist.models import Discriminator, Wads
 from wads_dist.record import code_version
 from wads_dist.step_profile import RandomImages, threads_of
@@ -44,16 +50,30 @@ from wads_dist.worker import initialise
 
 class PlainLoop:
     """The same step without DeepSpeed: ``tuned`` has channels_last, bf16, fused Adam and compiled losses, ``synthesis`` makes
-    its batches, ``shared`` passes every image through the discriminator once."""
+    its batches, ``shared`` passes every image through the discriminator once, ``ddp`` adds up gradients over the ranks."""
 
-    def __init__(self, config: Config, device: torch.device, tuned: bool, synthesis: bool, shared: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        tuned: bool,
+        synthesis: bool = False,
+        shared: bool = False,
+        ddp: bool = False,
+    ) -> None:
+        device = ranks.device
         torch.manual_seed(config.trainer.seed)
         self.config, self.tuned, self.synthesis, self.shared = config, tuned, synthesis, shared
-        precision = "bf16" if tuned else "fp32"
+        precision = resolve_precision(config.trainer.precision, device.type) if tuned else "fp32"
         size, width = config.data.image_size, config.model.width
         self.wads = Wads(config.model, size, precision).to(device)
         self.d = Discriminator(size, width, precision).to(device)
+        self.parallel_wads, self.parallel_d = (
+            (DistributedDataParallel(net) if ddp else net) for net in (self.wads, self.d)
+        )
         if not tuned:
+            use_kernels(self.wads, "torch")
+            use_kernels(self.d, "torch")
             generator = self.wads.generator
             # Ours turns the decoder's first map to channels_last, and all that follows with it.
             generator.decode = lambda z, _: (torch.tanh(generator.decoder(z[:, :, None, None].contiguous())) + 1) / 2
@@ -62,7 +82,7 @@ class PlainLoop:
             torch.optim.Adam(net.parameters(), rate, betas, fused=tuned or None) for net in (self.wads, self.d)
         ]
         self.data, self.weights = RandomImages(config, device), objective_weights(config.objective)
-        self.ids = torch.arange(config.trainer.global_batch_size, device=device)
+        self.ids = torch.arange(config.trainer.global_batch_size // ranks.world_size, device=device)
         first = self.data.batch(self.ids)
         layout = torch.channels_last if tuned else torch.contiguous_format
         self.kept = Batch(
@@ -72,7 +92,7 @@ class PlainLoop:
     def step(self) -> None:
         batch, w = self.data.batch(self.ids) if self.synthesis else self.kept, self.config.objective
         self.ids = self.ids + len(self.ids)
-        x_hat, logits, z, z_hat = self.wads(batch.clean, batch.anomalous, True)
+        x_hat, logits, z, z_hat = self.parallel_wads(batch.clean, batch.anomalous, True)
         backend = self.config.trainer.kernels if self.tuned else "torch"
         loss = objective(batch.clean, x_hat, logits, batch.mask, self.weights, backend).total
         loss = loss + w.latent.weight * F.mse_loss(z_hat.float(), z.float())
@@ -90,7 +110,8 @@ class PlainLoop:
         self.d.requires_grad_(False)
         adversarial = adversarial_loss(self.config.objective.adversarial.form, self.d(x_hat), real)
         self.d.requires_grad_(True)
-        return adversarial, lambda: discriminator_loss(self.d(batch.clean)[1], self.d(x_hat.detach())[1])
+        images = torch.cat([batch.clean, x_hat.detach().to(batch.clean.dtype)])
+        return adversarial, lambda: discriminator_loss(*self.parallel_d(images)[1].chunk(2))
 
     def shared_pass(self, batch: Batch, x_hat: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """The same from one pass, as the trainer does it."""
@@ -136,9 +157,10 @@ def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> 
     """Median seconds of a step of each, over ``rounds`` rounds in which all take turns."""
     ours = Ours(config, ranks)
     steps: dict[str, Callable[[], None]] = {
-        "eager NCHW fp32": PlainLoop(config, ranks.device, tuned=False, synthesis=False, shared=False).step,
-        "eager channels_last bf16": PlainLoop(config, ranks.device, tuned=True, synthesis=False, shared=False).step,
-        "our step, no DeepSpeed": PlainLoop(config, ranks.device, tuned=True, synthesis=True, shared=True).step,
+        "eager NCHW fp32": PlainLoop(config, ranks, tuned=False).step,
+        f"eager channels_last {ours.trainer.precision}": PlainLoop(config, ranks, tuned=True).step,
+        "the same, DDP": PlainLoop(config, ranks, tuned=True, ddp=True).step,
+        "our step, no DeepSpeed": PlainLoop(config, ranks, tuned=True, synthesis=True, shared=True).step,
         "ours": ours.step,
     }
     for mode in modes:
@@ -151,6 +173,7 @@ def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> 
     for i in range(rounds + 1):  # the first warms up
         for name, step in steps.items():
             synchronise(ranks.device)
+            ranks.barrier()
             started = time.perf_counter()
             step()
             synchronise(ranks.device)
@@ -180,7 +203,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    os.environ.update(alone)
+    os.environ.update({} if "RANK" in os.environ else alone)
     results: list[dict[str, Any]] = []
     ranks: Ranks | None = None
     for backbone in given.backbones:
@@ -194,14 +217,15 @@ def main() -> None:
             "",
             "images/s",
             "ours is",
-            title=f"{backbone}, {result['image_size']}², batch {given.batch}",
+            title=f"{backbone}, {result['image_size']}², batch {given.batch}, {ranks.world_size} ranks",
             title_justify="left",
         )
         for name, rate in result["images_per_second"].items():
             table.add_row(name, f"{rate:.2f}", f"{result['ours_is_times'][name]:.2f}×")
-        Console().print(table)
+        if ranks.is_first:
+            Console().print(table)
     device = measure_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")).name
-    if given.json:
+    if given.json and ranks and ranks.is_first:
         given.json.write_text(json.dumps({"device": device, "versions": code_version(), "results": results}, indent=1))
 
 
