@@ -303,8 +303,27 @@ def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = 
             objective.
     """
     checkpoint = choose(trainer.ranks, folder, report)
-    if checkpoint is None:
-        return False
+    if checkpoint is not None:
+        restore(trainer, checkpoint, data, report)
+    return checkpoint is not None
+
+
+def zero_stage(checkpoint: Path | None, world_size: int) -> int | None:
+    """The ZeRO stage to train at: that of the ``checkpoint`` to go on from, which no other can load; else, for a rank that
+    trains alone and has nothing to share, 0; else None, that of DeepSpeed's file."""
+    if checkpoint is not None:
+        return int(json.loads((checkpoint / PROGRESS).read_text())["zero_stage"])
+    return 0 if world_size == 1 else None
+
+
+def restore(
+    trainer: "Trainer", checkpoint: Path, data: DataHashes, report: Report = lambda event, **values: None
+) -> None:
+    """``trainer`` as it was at ``checkpoint``, which has been found right (``choose``). Collective.
+
+    Raises:
+        ResumeError: it was trained on other data or for another objective.
+    """
     saved = json.loads((checkpoint / PROGRESS).read_text())
     before = DataHashes(**saved["data"])
     if before.fingerprint != data.fingerprint:
@@ -334,7 +353,6 @@ def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = 
     restore_random_state(state["random"])
     trainer.progress.load_state_dict(saved["progress"])
     trainer.loss_scale.load_state_dict(saved["loss_scale"])
-    return True
 
 
 def choose(ranks: "Ranks", folder: Path, report: Report) -> Path | None:

@@ -34,7 +34,7 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp16", "fp32"], device_t
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, world_size: int, stage: int | None = None) -> dict[str, Any]:
     """The dictionary to give to ``deepspeed.initialize`` for either engine; a new one at each call.
 
     No precision block is written, and none is accepted: weights, gradients and optimisers are fp32 to DeepSpeed, the
@@ -45,6 +45,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     Args:
         config: the run's configuration.
         world_size: ranks that train this model together.
+        stage: the ZeRO stage to use in the place of the file's.
 
     Raises:
         ConfigError: the file is missing, is not JSON, or contradicts the configuration; names the file and the key.
@@ -83,10 +84,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if not isinstance(zero, dict):
         problems.append(f'{path}: zero_optimization is {zero!r}; must be an object, such as {{"stage": 1}}')
         zero = {}
-    stage = zero.get("stage", 0)
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        problems.append(f"{path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
-    if zero.get("compute_grad_norm") is False and (config.trainer.gradient_clipping or stage not in (1, 2)):
+    of_file = zero.get("stage", 0)
+    if type(of_file) is not int or of_file not in (0, 1, 2, 3):
+        problems.append(f"{path}: zero_optimization.stage is {of_file!r}; allowed: 0, 1, 2, 3")
+    if zero.get("compute_grad_norm") is False and (config.trainer.gradient_clipping or of_file not in (1, 2)):
         problems.append(
             f"{path}: zero_optimization.compute_grad_norm is false: DeepSpeed takes that at the stages 1 and 2 without "
             "trainer.gradient_clipping only; remove it from the file (it is filled in where it pays)"
@@ -102,6 +103,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     # By default the throughput timer waits for the device at every forward pass and in every step of either engine: five
     # times a step.
     settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
+    if stage is None:
+        stage = of_file
+    elif stage != of_file:
+        zero = {name: value for name, value in zero.items() if name != "compute_grad_norm"} | {"stage": stage}
+        settings["zero_optimization"] = zero
     if stage in (1, 2) and not config.trainer.gradient_clipping:
         # The trainer has looked at all gradients before it lets an engine step; DeepSpeed would take their norm again, and
         # wait for the device to read it. (At ZeRO-3 it always does.)

@@ -151,11 +151,12 @@ class Trainer:
         requests: Callable[[], Requests] = Requests,
         pulse: Pulse | None = None,
         category: str = "",
+        stage: int | None = None,
     ) -> None:
         """Builds networks and engines; every rank starts from the same weights, which depend on the seed only.
 
         ``requests`` is asked at every step whether this rank wants to save or to stop; ``pulse`` is told where it stands;
-        ``category`` names what DeepSpeed's monitors write.
+        ``category`` names what DeepSpeed's monitors write; ``stage`` is the ZeRO stage, by default that of DeepSpeed's file.
         """
         self.config, self.ranks, self.data = config, ranks, data
         self.requests, self.pulse, self.own_time = requests, pulse or Pulse(), OwnTime(ranks.device.type)
@@ -169,7 +170,7 @@ class Trainer:
         discriminator = Discriminator(config.data.image_size, config.model.width, self.precision).to(ranks.device)
         for network in (wads, discriminator):
             use_kernels(network, config.trainer.kernels)
-        settings = deepspeed_config(config, ranks.world_size)
+        settings = deepspeed_config(config, ranks.world_size, stage)
         rate, betas = config.trainer.learning_rate, config.trainer.betas
         monitored = with_monitors(settings, config.run.dir, category)
         self.gs = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)

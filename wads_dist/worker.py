@@ -32,6 +32,7 @@ from wads_dist import checkpoint, validation
 from wads_dist.batch_probe import find_batch_size
 from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.data import TrainingData, TrainingSplit, rank_samples
+from wads_dist.deepspeed_config import read_settings
 from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
@@ -131,6 +132,17 @@ def initialise(config: Config, threads: int) -> Ranks:
     return ranks
 
 
+def stage_note(config: Config, stage: int | None, resumed: bool) -> str | None:
+    """Why the ZeRO stage is not that of DeepSpeed's file, if it is not."""
+    path, settings = read_settings(config)
+    of_file = (settings.get("zero_optimization") or {}).get("stage", 0)
+    if stage in (None, of_file):
+        return None
+    if resumed:
+        return f"ZeRO-{stage}, as its checkpoint has it, and not stage {of_file} of {path}"
+    return f"ZeRO-0: a rank that trains alone has nothing to share (stage {of_file} of {path} is for groups)"
+
+
 def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, pulse: Pulse) -> None:
     """Trains, evaluates and records one category; resumes from its newest checkpoint.
 
@@ -163,11 +175,16 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             say(
                 f"{category}: micro-batches of {config.trainer.micro_batch_size} (forward and backward, img/s: {rates})"
             )
-    trainer = Trainer(config, ranks, images, requests, pulse, category)
+    resumed = checkpoint.choose(ranks, checkpoints, events.write)
+    stage = checkpoint.zero_stage(resumed, ranks.world_size)
+    trainer = Trainer(config, ranks, images, requests, pulse, category, stage)
+    if ranks.is_first and (note := stage_note(config, stage, resumed is not None)):
+        say(f"{category}: {note}")
     pictured = (
         validation.ValidationSamples.of(config, dataset, category, trainer.data) if validation.wanted(trainer) else None
     )
-    resumed = checkpoint.resume(trainer, checkpoints, data, events.write)
+    if resumed:
+        checkpoint.restore(trainer, resumed, data, events.write)
     started_at, started = trainer.progress.next_sample, time.monotonic()
     events.write(
         "resume" if resumed else "start",
@@ -175,6 +192,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
         samples=started_at,
         world_size=ranks.world_size,
         precision=trainer.precision,
+        zero_stage=trainer.gs.zero_optimization_stage(),
         fingerprint=data.fingerprint,
     )
     skipped = SkippedSamples(folder, config, dataset, category)

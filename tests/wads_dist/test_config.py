@@ -305,6 +305,15 @@ def test_shipped_deepspeed_file(stage: int, monkeypatch: pytest.MonkeyPatch, tmp
     assert not {"optimizer", "bf16", "fp16", "torch_autocast"} & settings.keys()
 
 
+@pytest.mark.parametrize("of_file", range(4))
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_another_stage_than_the_files_may_be_asked_for(of_file: int, stage: int) -> None:
+    config = load_config(["--trainer.deepspeed", f"configs/deepspeed/zero{of_file}.json"])
+    zero = deepspeed_config(config, 1, stage)["zero_optimization"]
+    assert zero["stage"] == stage
+    assert zero.get("compute_grad_norm") is (False if stage == 1 else None)  # where DeepSpeed takes it
+
+
 def test_clipping_is_always_written_because_deepspeeds_default_is_not_off() -> None:
     assert deepspeed_config(Config(), 1)["gradient_clipping"] == 0.0
 

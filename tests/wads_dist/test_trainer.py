@@ -1,7 +1,9 @@
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.synthesis import Batch
+from wads_dist.checkpoint import zero_stage
 from wads_dist.config import load_config
 from wads_dist.engines import LossScale
 from wads_dist.errors import NotFiniteError
@@ -26,6 +29,7 @@ from wads_dist.trainer import (
     objective_weights,
 )
 from wads_dist.trainer import learning_rate as rate
+from wads_dist.worker import stage_note
 
 
 @pytest.mark.parametrize("form", ["bce_feature", "bce_output", "non_saturating", "feature_l2"])
@@ -143,3 +147,14 @@ def test_losses_fall_with_resnet50_at_full_size(run_ranks: Callable[..., list[st
     for name in ("total", "dissimilarity", "mse", "focal"):
         first, last = (float(v) for v in re.search(rf"^{name} (\S+) -> (\S+)", printed, re.MULTILINE).groups())  # type: ignore[union-attr]
         assert math.isfinite(last) and last < first, name
+
+
+def test_a_lone_rank_has_nothing_to_share_and_a_checkpoint_keeps_its_stage(tmp_path: Path) -> None:
+    """At ZeRO-1 it copied its gradients for nobody; and what a stage has saved no other can load."""
+    config = load_config(["--trainer.deepspeed", "configs/deepspeed/zero1.json"])
+    assert (zero_stage(None, 1), zero_stage(None, 2)) == (0, None)
+    (tmp_path / "progress.json").write_text(json.dumps({"zero_stage": 1}))
+    assert (zero_stage(tmp_path, 1), zero_stage(tmp_path, 2)) == (1, 1)
+    assert "has nothing to share (stage 1 of" in str(stage_note(config, 0, resumed=False))
+    assert "ZeRO-0, as its checkpoint has it, and not stage 1 of" in str(stage_note(config, 0, resumed=True))
+    assert stage_note(config, None, resumed=False) is None and stage_note(config, 1, resumed=True) is None
