@@ -48,7 +48,8 @@ part_1() {
   for kernel in objective synthesis; do
     step "kernels: $kernel" 90 "$python" launch/profile_kernels.py --kernel $kernel --dtype fp32 bf16 --batch 64 256 \
       --layout channels_last contiguous --seconds 0.15 --no-compiled --json "$out/kernels-$kernel.json" --csv "$out/kernels-$kernel.csv" \
-      --only triton torch torch.compile fussim "pytorch-msssim + torchvision"
+      --only triton "triton, two rows" "triton, bands of 64" "triton, two rows, bands of 64" torch torch.compile fussim \
+      "pytorch-msssim + torchvision"
   done
   step "step of ResNet-50" 90 "$python" launch/profile_step.py --config configs/mvtec.toml --data.shards none --steps 15 \
     --trainer.deepspeed configs/deepspeed/zero0.json --trainer.global_batch_size 256 --json "$out/step-resnet50.json"

@@ -58,6 +58,7 @@ class KernelSpec:
     constexprs: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    lanes: int | None = None  # of a warp; compiled only for targets whose warps have as many
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def compile_report(targets: Iterable[str] = TARGETS) -> Iterator[CompiledKernel]
     for name in MODULES:
         for spec in import_module(name).compile_specs():
             for target in targets:
-                yield compile_spec(spec, target)
+                if spec.lanes in (None, TARGETS[target][0].warp_size):
+                    yield compile_spec(spec, target)
 
 
 def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, list[str]]:

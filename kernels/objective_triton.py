@@ -23,10 +23,10 @@ own bytes (14 and 56 µs). So launch 1 is bound by issue slots, and everything b
 * Each element of x and X̂ is fetched once, and once more where its gradient is written, whatever the strides: NCHW and
   channels_last cost the same arithmetic.
 
-What sm_90's code has (``compiled.py``): 246 registers and no spill, so 8 warps an SM; a row costs a warp 598 instructions in
-fp32, 299 an element where the arithmetic alone is 215; loads of taps are 30, addresses and predicates about 50, moves 46. With
-the rows that bands repeat this is 43 M warp instructions at B = 64 and 146 M at B = 256, 46 and 157 µs if every issue slot were
-used: an estimate, nothing here was measured on a GPU.
+What sm_90's code has (``compiled.py``): 240 to 254 registers and no spill, so 8 warps an SM; a row costs a warp some 600
+instructions in fp32, 300 an element where the arithmetic alone is 215; loads of taps are 30, addresses and predicates about
+50. With the rows that bands repeat this is 43 M warp instructions at B = 64 and 146 M at B = 256, 46 and 157 µs if every
+issue slot were used: an estimate, nothing here was measured on a GPU.
 
 Precision: s = x + X̂ and d = x − X̂, centred by the mean of one row of the tile (variances do not move). With ε = var_d / V and
 λ = (μ_x − μ_X̂)² / P, where V = σ_x² + σ_X̂² + C2 and P = μ_x² + μ_X̂² + C1, the dissimilarity 1 − SSIM = λ + ε − λε holds no
@@ -35,6 +35,7 @@ difference of nearly equal numbers: it keeps its relative precision as X̂ appro
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -147,7 +148,7 @@ def _reconstruction_tile(
     channels, height, width, strips, bands, rows,
     sx_n, sx_c, sx_h, sx_w, sy_n, sy_c, sy_h, sy_w, sg_n, sg_c, sg_h, sg_w,
     ssim_weight, l2_weight,
-    GRADIENT: tl.constexpr, REAL: tl.constexpr, LANES: tl.constexpr,
+    GRADIENT: tl.constexpr, REAL: tl.constexpr, LANES: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Sums of 1 − SSIM and of squared errors over one tile, and the gradient of the weighted terms on it.
 
@@ -191,12 +192,10 @@ def _reconstruction_tile(
     centre_y = tl.sum(raw[3].to(REAL) + raw[4].to(REAL), 0) / SPAN
     offset_s, offset_d = centre_x + centre_y, centre_x - centre_y
 
-    none = tl.zeros([LANES], REAL)
-    none = tl.join(none, none)
+    dissimilarity, squared_error = tl.zeros([LANES], REAL), tl.zeros([LANES], REAL)
+    none = tl.join(dissimilarity, dissimilarity)
     empty = (none, none, none, none, none, none, none, none, none, none)
     states, slopes = (empty, empty, empty, empty), (empty, empty, empty)
-    dissimilarity, squared_error = none, none
-    mean_slope, s_slope, d_slope = none, none, none
     if GRADIENT:
         # What lies beside the windows is zero: it has no part in any gradient.
         margin = tl.arange(0, 16)
@@ -207,75 +206,82 @@ def _reconstruction_tile(
                 tl.store(blank + SPAN + HALO, tl.zeros([16], REAL), mask=margin < HALO)
 
     raw = _fetch(x, y, first, columns, height, sx_h, sx_w, sy_h, sy_w)
-    for row in range(first, first + HALO):
-        buffer = scratch + (row % 2) * (STAGED * PITCH)
-        _, _, _, _, states = _ssim_forward(buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH)
-        raw = _fetch(x, y, row + 1, columns, height, sx_h, sx_w, sy_h, sy_w)
+    for turn in range(0, HALO, TURN):
+        for k in tl.static_range(TURN):
+            buffer = scratch + (k if TURN == 2 else turn % 2) * (STAGED * PITCH)
+            _, _, _, _, states = _ssim_forward(buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH)
+            raw = _fetch(x, y, first + turn + k + 1, columns, height, sx_h, sx_w, sy_h, sy_w)
 
-    # Each turn adds a row of pixels, which completes a row of windows ten rows up and, the turn after (so that everything
-    # staged waits at one barrier), the gradient of the row of pixels where those windows begin.
-    for row in range(first + HALO, bottom + HALO + 1):
-        buffer = scratch + (row % 2) * (STAGED * PITCH)
-        if GRADIENT:
-            tl.store(buffer + 2 * PITCH + HALO + pair, mean_slope)
-            tl.store(buffer + 3 * PITCH + HALO + pair, s_slope)
-            tl.store(buffer + 4 * PITCH + HALO + pair, d_slope)
-        mean_s, mean_d, mean_ss, mean_dd, states = _ssim_forward(
-            buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH
-        )
-        raw = _fetch(x, y, row + 1, columns, height, sx_h, sx_w, sy_h, sy_w)
+    # Each row of pixels completes a row of windows ten rows up and, a row later (so that everything staged waits at one
+    # barrier), the gradient of the row of pixels where those windows begin. With two rows a TURN it is known which buffer is
+    # used; a row too many owns nothing.
+    for turn in range(first + HALO, bottom + HALO + 1, TURN):
+        for k in tl.static_range(TURN):
+            row = turn + k
+            odd_row = k if TURN == 2 else (row - first) % 2
+            buffer = scratch + odd_row * (STAGED * PITCH)
+            mean_s, mean_d, mean_ss, mean_dd, states = _ssim_forward(
+                buffer, pair, extra, raw, centre_x, centre_y, states, REAL, PITCH
+            )
+            raw = _fetch(x, y, row + 1, columns, height, sx_h, sx_w, sy_h, sy_w)
 
-        pixel = row - HALO - 1
-        if pixel >= top:
-            own_even, own_odd = column < end, column + 1 < end
-            x_row, y_row = x + pixel * sx_h + column * sx_w, y + pixel * sy_h + column * sy_w
-            x_pixel = tl.join(
-                tl.load(x_row, mask=own_even, other=0.0).to(REAL),
-                tl.load(x_row + sx_w, mask=own_odd, other=0.0).to(REAL),
-            )
-            y_pixel = tl.join(
-                tl.load(y_row, mask=own_even, other=0.0).to(REAL),
-                tl.load(y_row + sy_w, mask=own_odd, other=0.0).to(REAL),
-            )
-            difference = y_pixel - x_pixel
-            squared_error += difference * difference
+            pixel = row - HALO - 1
+            if (pixel >= top) & (pixel < bottom):
+                own_even, own_odd = column < end, column + 1 < end
+                x_row, y_row = x + pixel * sx_h + column * sx_w, y + pixel * sy_h + column * sy_w
+                x_pixel = tl.join(
+                    tl.load(x_row, mask=own_even, other=0.0).to(REAL),
+                    tl.load(x_row + sx_w, mask=own_odd, other=0.0).to(REAL),
+                )
+                y_pixel = tl.join(
+                    tl.load(y_row, mask=own_even, other=0.0).to(REAL),
+                    tl.load(y_row + sy_w, mask=own_odd, other=0.0).to(REAL),
+                )
+                difference = y_pixel - x_pixel
+                error_even, error_odd = tl.split(difference)
+                squared_error += error_even * error_even
+                squared_error += error_odd * error_odd
+                if GRADIENT:
+                    blurred = buffer + 2 * PITCH + shift + pair
+                    of_mean, _ = _blur_row(blurred, False)
+                    of_s, _ = _blur_row(blurred + PITCH, False)
+                    of_d, _ = _blur_row(blurred + 2 * PITCH, False)
+                    slope = of_mean + (x_pixel + y_pixel - offset_s) * of_s + (difference + offset_d) * of_d
+                    gradient_even, gradient_odd = tl.split(ssim_weight * slope + l2_weight * difference)
+                    gradient_row = dy + pixel * sg_h + column * sg_w
+                    tl.store(gradient_row, gradient_even.to(dy.dtype.element_ty), mask=own_even)
+                    tl.store(gradient_row + sg_w, gradient_odd.to(dy.dtype.element_ty), mask=own_odd)
+
+            window = row - HALO
+            var_s, var_d = mean_ss - mean_s * mean_s, mean_dd - mean_d * mean_d
+            mu_s, mu_d = mean_s + offset_s, mean_d + offset_d
+            mu_d_squared = mu_d * mu_d
+            V = 0.5 * (var_s + var_d) + SSIM_C2
+            P = 0.5 * (mu_s * mu_s + mu_d_squared) + SSIM_C1
+            both = 1.0 / (V * P)
+            over_V, over_P = both * P, both * V
+            epsilon, lam = var_d * over_V, mu_d_squared * over_P
+            counted = is_owned & (window >= top) & (window < tl.minimum(bottom, height - HALO))
+            dissimilarity += tl.sum(tl.where(counted, lam + epsilon - lam * epsilon, 0.0), 1)
             if GRADIENT:
-                blurred = buffer + 2 * PITCH + shift + pair
-                of_mean, _ = _blur_row(blurred, False)
-                of_s, _ = _blur_row(blurred + PITCH, False)
-                of_d, _ = _blur_row(blurred + 2 * PITCH, False)
-                slope = of_mean + (x_pixel + y_pixel - offset_s) * of_s + (difference + offset_d) * of_d
-                gradient_even, gradient_odd = tl.split(ssim_weight * slope + l2_weight * difference)
-                gradient_row = dy + pixel * sg_h + column * sg_w
-                tl.store(gradient_row, gradient_even.to(dy.dtype.element_ty), mask=own_even)
-                tl.store(gradient_row + sg_w, gradient_odd.to(dy.dtype.element_ty), mask=own_odd)
+                # Half the derivatives of SSIM by E[s²] and E[d²], and by the mean of X̂ (through both and by itself).
+                real = is_window & (window < height - HALO)
+                half = 0.5 * (1.0 - lam) * over_V
+                by_ss = half * epsilon
+                by_dd = by_ss - 2.0 * half
+                by_mean = mean_d * by_dd - mean_s * by_ss
+                by_mean += (1.0 - epsilon) * over_P * (mu_d + 0.5 * (mu_s - mu_d) * lam)
+                mean_slope, mean_state = _blur_column(slopes[0], tl.where(real, by_mean, 0.0))
+                s_slope, s_state = _blur_column(slopes[1], tl.where(real, by_ss, 0.0))
+                d_slope, d_state = _blur_column(slopes[2], tl.where(real, by_dd, 0.0))
+                slopes = (mean_state, s_state, d_state)
+                following = scratch + (1 - odd_row) * (STAGED * PITCH) + HALO + pair
+                tl.store(following + 2 * PITCH, mean_slope)
+                tl.store(following + 3 * PITCH, s_slope)
+                tl.store(following + 4 * PITCH, d_slope)
 
-        window = row - HALO
-        var_s, var_d = mean_ss - mean_s * mean_s, mean_dd - mean_d * mean_d
-        mu_s, mu_d = mean_s + offset_s, mean_d + offset_d
-        mu_d_squared = mu_d * mu_d
-        V = 0.5 * (var_s + var_d) + SSIM_C2
-        P = 0.5 * (mu_s * mu_s + mu_d_squared) + SSIM_C1
-        both = 1.0 / (V * P)
-        over_V, over_P = both * P, both * V
-        epsilon, lam = var_d * over_V, mu_d_squared * over_P
-        counted = is_owned & (window >= top) & (window < tl.minimum(bottom, height - HALO))
-        dissimilarity += tl.where(counted, lam + epsilon - lam * epsilon, 0.0)
-        if GRADIENT:
-            # Half the derivatives of SSIM by E[s²] and E[d²], and by the mean of X̂ (through both and by itself).
-            real = is_window & (window < height - HALO)
-            half = 0.5 * (1.0 - lam) * over_V
-            by_ss = half * epsilon
-            by_dd = by_ss - 2.0 * half
-            by_mean = mean_d * by_dd - mean_s * by_ss
-            by_mean += (1.0 - epsilon) * over_P * (mu_d + 0.5 * (mu_s - mu_d) * lam)
-            mean_slope, mean_state = _blur_column(slopes[0], tl.where(real, by_mean, 0.0))
-            s_slope, s_state = _blur_column(slopes[1], tl.where(real, by_ss, 0.0))
-            d_slope, d_state = _blur_column(slopes[2], tl.where(real, by_dd, 0.0))
-            slopes = (mean_state, s_state, d_state)
-
-    tl.store(partials + tile, tl.sum(tl.sum(dissimilarity, 1), 0))
-    tl.store(partials + tiles + tile, tl.sum(tl.sum(squared_error, 1), 0))
+    tl.store(partials + tile, tl.sum(dissimilarity, 0))
+    tl.store(partials + tiles + tile, tl.sum(squared_error, 0))
 
 
 # --- launch 1: focal loss and sparsity KL ----------------------------------------------------------------------------------
@@ -354,7 +360,7 @@ def objective_forward_kernel(
     sx_n, sx_c, sx_h, sx_w, sy_n, sy_c, sy_h, sy_w, sg_n, sg_c, sg_h, sg_w,
     reconstruction_weight, ssim_weight, l2_weight, gamma,
     GRADIENT: tl.constexpr, PIXEL_KL: tl.constexpr, REVERSE_KL: tl.constexpr, REAL: tl.constexpr,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    LANES: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Launch 1. The first ``blocks`` programs take a block of logits each, the others a tile each."""
     program = tl.program_id(0)
@@ -374,7 +380,7 @@ def objective_forward_kernel(
             channels, height, width, strips, bands, rows,
             sx_n, sx_c, sx_h, sx_w, sy_n, sy_c, sy_h, sy_w, sg_n, sg_c, sg_h, sg_w,
             -ssim_scale, l2_scale,
-            GRADIENT, REAL, LANES,
+            GRADIENT, REAL, LANES, TURN,
         )  # fmt: skip
 
 
@@ -529,6 +535,18 @@ REDUCE: dict[str, Any] = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": T
 BACKWARD: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """What only a measurement can decide (``launch/profile_kernels.py`` has candidates): rows that launch 1 takes a turn (1;
+    2 where a warp has 32 lanes: one of 64 has no registers for it), and those of a band (None: see ``tiling``)."""
+
+    turn: int = 1
+    rows: int | None = None
+
+
+SCHEDULE = Schedule()
+
+
 def tiling(images: int, channels: int, height: int, width: int) -> tuple[int, int, int]:
     """(strips, bands, rows a band) of each plane, from shapes alone so that results do not depend on the machine.
 
@@ -537,7 +555,7 @@ def tiling(images: int, channels: int, height: int, width: int) -> tuple[int, in
     span, halo = 2 * LANES, WINDOW - 1
     # The last strip reaches ten columns further than the others: no windows begin in an image's last ten columns.
     strips = 1 if width <= span else max(2, math.ceil((width - span - halo) / (span - halo)) + 1)
-    rows = 64 if images * channels * strips * math.ceil(height / 64) >= 2048 else 32
+    rows = SCHEDULE.rows or (64 if images * channels * strips * math.ceil(height / 64) >= 2048 else 32)
     return strips, math.ceil(height / rows), rows
 
 
@@ -581,7 +599,7 @@ def forward(
             images, channels, height, width, strips, bands, rows, blocks, blocks_per_image,
             *x.stride(), *reconstruction.stride(), *strides,
             w.reconstruction, w.ssim, w.l2, w.gamma,
-            GRADIENT=gradients, LANES=LANES, BLOCK=MASK_BLOCK, STEP=MASK_STEP, **types, **ONE_WARP,
+            GRADIENT=gradients, LANES=LANES, TURN=SCHEDULE.turn, BLOCK=MASK_BLOCK, STEP=MASK_STEP, **types, **ONE_WARP,
         )  # fmt: skip
         objective_reduce_kernel[(1,)](
             tile_partials, block_partials, per_image, means, total, log_areas,
@@ -631,10 +649,10 @@ def compile_specs() -> list[KernelSpec]:
     """The variants that training uses, for the report of ``compiled.py``."""
     specs = []
     variants = (
-        ("fp32", "fp32", "contiguous"), ("fp32", "fp32", "channels_last"), ("bf16", "bf16", "channels_last"),
-        ("fp32", "bf16", "channels_last"),
+        ("fp32", "fp32", "contiguous", 1), ("fp32", "fp32", "channels_last", 1), ("bf16", "bf16", "channels_last", 1),
+        ("fp32", "bf16", "channels_last", 1), ("bf16", "bf16", "channels_last", 2),
     )  # fmt: skip
-    for of_x, kind, layout in variants:
+    for of_x, kind, layout, turn in variants:
         kinds = {"x": f"*{of_x}", "y": f"*{kind}", "dy": f"*{kind}", "logits": f"*{kind}", "mask": "*u8"}
         kinds |= {name: "*fp32" for name in ("scratch", "tile_partials", "block_partials")}
         kinds |= {name: "i32:16" for name in ("height", "width")}
@@ -643,14 +661,15 @@ def compile_specs() -> list[KernelSpec]:
         }
         kinds |= {name: "fp32" for name in ("reconstruction_weight", "ssim_weight", "l2_weight", "gamma")}
         constants = {"GRADIENT": True, "PIXEL_KL": False, "REVERSE_KL": False, "REAL": tl.float32, "LANES": WARP_SIZE}
-        constants |= {"BLOCK": MASK_BLOCK, "STEP": MASK_STEP}
+        constants |= {"BLOCK": MASK_BLOCK, "STEP": MASK_STEP, "TURN": turn}
         # As Triton specialises the strides of 3×128×128: one is a constant, multiples of 16 are known to be that.
         for tensor in ("sx", "sy", "sg"):
             unit, odd = ("w", "") if layout == "contiguous" else ("c", "w")
             kinds |= {f"{tensor}_{axis}": "i32" if axis == odd else "i32:16" for axis in "nchw" if axis != unit}
             constants[f"{tensor}_{unit}"] = 1
-        name = f"objective_forward {kind if of_x == kind else f'{of_x}/{kind}'} {layout}"
-        specs.append(KernelSpec(name, objective_forward_kernel, kinds, constants, num_warps=1))
+        name = f"objective_forward {kind if of_x == kind else f'{of_x}/{kind}'} {layout}" + ", two rows" * (turn == 2)
+        lanes = 32 if turn == 2 else None
+        specs.append(KernelSpec(name, objective_forward_kernel, kinds, constants, num_warps=1, lanes=lanes))
 
     kinds = {name: "*fp32" for name in objective_reduce_kernel.arg_names[:6]}
     kinds |= {name: "i32" for name in ("images", "channels", "tiles_per_image", "blocks_per_image")}

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels import objective_triton
 from kernels.objective import SIGMA, WINDOW, ObjectiveWeights, objective, sparsity_kl
 from kernels.synthesis import SynthesisSettings, synthesise, whole_images
 
@@ -148,6 +149,19 @@ def _step(loss: Loss, terms: tuple[str, ...]) -> Callable[..., Callable[[], Any]
 
 def _ours(backend: Any) -> Loss:
     return lambda x, y, logits, mask: objective(x, y, logits, mask, WEIGHTS, backend=backend).total
+
+
+def _scheduled(schedule: objective_triton.Schedule) -> Loss:
+    """Ours with another schedule of launch 1: candidates, of which a measurement chooses."""
+
+    def loss(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+        usual, objective_triton.SCHEDULE = objective_triton.SCHEDULE, schedule
+        try:
+            return _ours("triton")(x, y, logits, mask)
+        finally:
+            objective_triton.SCHEDULE = usual
+
+    return loss
 
 
 @functools.cache
@@ -296,6 +310,9 @@ _GPU: dict[str, Any] = {"devices": ("cuda",)}
 
 IMPLEMENTATIONS = (
     _objective("triton", _ours("triton"), **_GPU),
+    _objective("triton, two rows", _scheduled(objective_triton.Schedule(turn=2)), **_GPU),
+    _objective("triton, bands of 64", _scheduled(objective_triton.Schedule(rows=64)), **_GPU),
+    _objective("triton, two rows, bands of 64", _scheduled(objective_triton.Schedule(turn=2, rows=64)), **_GPU),
     _objective("native", _ours("native"), devices=("cpu",)),
     _objective("torch", _ours("torch")),
     _objective("torch.compile", _compiled_objective),

@@ -37,7 +37,7 @@ def test_every_kernel_fits_every_target_without_spilling(report: list[dict[str, 
 @pytest.mark.slow
 def test_both_operations_are_reported_for_both_layouts(report: list[dict[str, Any]], targets: list[str]) -> None:
     names = {k["kernel"] for k in report}
-    assert len(report) == len(names) * len(targets)
+    assert len(report) == len(names) * len(targets) - targets.count("gfx942")  # whose warps have no room for two rows
     forwards = ("fp32 contiguous", "fp32 channels_last", "bf16 channels_last", "fp32/bf16 channels_last")
     assert {*(f"objective_forward {variant}" for variant in forwards), "objective_reduce"} <= names
 
@@ -49,7 +49,9 @@ def test_the_code_is_what_the_design_counts_on(report: list[dict[str, Any]]) -> 
         if kernel["kernel"].startswith("objective_forward"):
             mix = kernel["instructions"]
             assert mix["fma"] > (150 if kernel["target"] in ("sm_100", "gfx942") else 300), kernel
-            assert mix["barrier"] <= 2 and kernel["shared_bytes"] == 0, kernel
+            assert mix["barrier"] <= (4 if "two rows" in kernel["kernel"] else 2) and kernel["shared_bytes"] == 0, (
+                kernel
+            )
             assert sum(count for kind, count in mix.items() if kind != "total") == mix["total"]
 
 
