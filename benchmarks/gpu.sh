@@ -21,11 +21,13 @@ work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT || exit 1
 export PATH="$(dirname "$python"):$PATH" # torch's extension builder looks for ninja there
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COLUMNS=150
 
-failed=() began=$SECONDS
-step() { # NAME SECONDS COMMAND...
-  local start=$SECONDS code=0
-  echo "== $1 (at $((start - began)) s, limit $2 s)" | tee -a "$log"
-  timeout -k 5 "$2" "${@:3}" >"$work/step.log" 2>&1 || code=$?
+minutes=7 failed=() began=$SECONDS
+step() { # NAME SECONDS COMMAND...: no longer than what is left of the part's time
+  local start=$SECONDS code=0 left=$((began + minutes * 60 - SECONDS))
+  [ "$left" -ge 10 ] || { echo "== $1: no time left" | tee -a "$log"; failed+=("$1 (no time left)"); return; }
+  left=$((left < $2 ? left : $2))
+  echo "== $1 (at $((start - began)) s, limit $left s)" | tee -a "$log"
+  timeout -k 5 "$left" "${@:3}" >"$work/step.log" 2>&1 || code=$?
   cat "$work/step.log" >>"$log"
   tail -n 45 "$work/step.log" | cut -c1-170
   echo "-- $1: exit status $code, $((SECONDS - start)) s" | tee -a "$log"
@@ -76,9 +78,10 @@ part_2() {
 for part in $parts; do
   log=$out/log-$part.txt
   : >"$log"
+  began=$SECONDS
   "part_$part"
+  echo "== part $part: $((SECONDS - began)) s, results in $out" | tee -a "$log"
 done
-echo "== all: $((SECONDS - began)) s, results in $out"
 [ ${#failed[@]} -eq 0 ] && exit 0
 printf '== failed: %s\n' "${failed[@]}" >&2
 exit 1
