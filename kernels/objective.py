@@ -37,7 +37,7 @@ class ObjectiveWeights:
     l2: float = 1.0
     focal: float = 1.0
     gamma: float = 2.0
-    kl: float = 1.0
+    kl: float = 0.01
     rho: float = 0.1
     kl_form: KLForm = "area"
     kl_direction: KLDirection = "printed"

@@ -271,7 +271,7 @@ class FocalConfig(_Section):
 class KLConfig(_Section):
     """Sparsity prior rho on the predicted mask M, Eq 3.6."""
 
-    weight: float = Field(1.0, ge=0, description="weight of the sparsity KL (0: the ablation noKL)")
+    weight: float = Field(0.01, ge=0, description="weight of the sparsity KL (0: the ablation noKL)")
     rho: float = Field(0.1, gt=0, lt=1, description="expected fraction of anomalous pixels")
     form: Literal["area", "pixel"] = Field(
         "area", description="area: KL of the image's mean prediction; pixel: mean KL of every pixel's prediction"
