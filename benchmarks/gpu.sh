@@ -69,8 +69,10 @@ part_2() {
     step "demo shards" 60 "$python" -m shards demo --out "$work/demo" --categories 2
     train demo 150 --config configs/demo.toml --data.shards "$work/demo" --data.cache "$work/cache"
   fi
-  step "step beside plain PyTorch" 200 "$python" benchmarks/training_step.py --backbones resnet50 --batch 256 --rounds 8 \
-    --compile default --json "$out/training-step.json"
+  for batch in 256 64; do
+    step "step beside plain PyTorch, batch $batch" 120 "$python" benchmarks/training_step.py --backbones resnet50 --batch $batch \
+      --rounds 8 --compile default graph --json "$out/training-step-$batch.json"
+  done
   step "one and four categories" 75 "$python" benchmarks/categories_per_gpu.py --samples 1600 --at-once 1 4 \
     --json "$out/categories.json"
 }

@@ -14,7 +14,8 @@ All train the same networks from the same weights with the same losses; rows tak
 * ``our step, no DeepSpeed``: the trainer's step with synthesis, in plain PyTorch.
 * ``ours``: ``Trainer.step``, what a run does: synthesis, both engines, the agreement on finiteness.
 * with ``--compile MODE ...``, ``ours, MODE``: the same with the networks compiled by torch.compile in that mode (``default``;
-  ``reduce-overhead``, which on a GPU means CUDA graphs; ``max-autotune``). One that fails says why and is left out.
+  ``reduce-overhead``, which on a GPU means CUDA graphs; ``max-autotune``), or, as ``graph``, with ``trainer.cuda_graph`` (one
+  rank on a GPU). One that fails says why and is left out.
 """
 
 import argparse
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -36,9 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kernels.objective import objective
 from kernels.synthesis import Batch
-from wads_dist.config import Config, load_config
+from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.deepspeed_config import resolve_precision
 from wads_dist.distributed import Ranks
+from wads_dist.graph import compile_networks
 from wads_dist.kernel_timing import measure_device, synchronise
 from wads_dist.layers import use_kernels
 from wads_dist.models import Discriminator, Wads
@@ -124,15 +125,21 @@ class PlainLoop:
 
 
 class Ours:
-    """The trainer, its networks compiled if a mode of torch.compile is given."""
+    """The trainer, its networks compiled if a mode of torch.compile is given, or its step a CUDA graph (``graph``)."""
 
     def __init__(self, config: Config, ranks: Ranks, mode: str | None = None) -> None:
+        if mode == "graph":
+            config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"cuda_graph": True})})
         self.trainer = Trainer(config, ranks, RandomImages(config, ranks.device))  # type: ignore[arg-type]
         self.position = 0
         for engine in self.trainer.both:
             engine.train()
-            if mode:
-                engine.module.compile(mode=mode)
+        if mode == "graph":
+            if self.trainer.no_graph:
+                raise ConfigError([self.trainer.no_graph])
+        elif mode:
+            compile_networks(self.trainer.both, mode)
+            self.trainer.warm_up()
 
     def step(self) -> None:
         self.trainer.step(self.position)
@@ -141,7 +148,6 @@ class Ours:
 
 def compiled(config: Config, ranks: Ranks, mode: str) -> Callable[[], None] | str:
     """The step with compiled networks once it is compiled; or why there is none."""
-    torch._functorch.config.donated_buffer = False  # the discriminator's graph serves two backward passes
     try:
         ours, started = Ours(config, ranks, mode), time.perf_counter()
         for _ in range(3):
@@ -149,7 +155,7 @@ def compiled(config: Config, ranks: Ranks, mode: str) -> Callable[[], None] | st
         synchronise(ranks.device)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    print(f"torch.compile, {mode}: {time.perf_counter() - started:.0f} s for the first steps")
+    print(f"{mode}: {time.perf_counter() - started:.0f} s for the first steps")
     return ours.step
 
 
@@ -166,7 +172,7 @@ def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> 
     for mode in modes:
         step = compiled(config, ranks, mode)
         if isinstance(step, str):
-            print(f"torch.compile, {mode}: failed; {step}")
+            print(f"{mode}: failed; {step}")
         else:
             steps[f"ours, {mode}"] = step
     times: dict[str, list[float]] = {name: [] for name in steps}

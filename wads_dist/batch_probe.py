@@ -75,7 +75,7 @@ class Rehearsal(Trainer):
             for i in range(STEPS + 1):  # the first warms up
                 synchronise(device)
                 started = time.perf_counter()
-                total, discriminator, _, _ = self.losses(self.data.batch(torch.arange(micro, device=device)))
+                total, discriminator, _ = self.losses(self.data.batch(torch.arange(micro, device=device)))
                 if i == 0:
                     used = memory_used(device)  # of a host: while all that backward needs is there
                 total.backward()

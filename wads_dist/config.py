@@ -331,6 +331,16 @@ class TrainerConfig(_Section):
         description="what computes synthesis and objective. auto: Triton on a GPU, compiled C++ on a CPU (PyTorch where there "
         "is no compiler); torch: the PyTorch reference anywhere",
     )
+    compile: Literal["off", "default", "reduce-overhead"] = Field(
+        "off",
+        description="torch.compile of the networks, in this mode, at ZeRO 0 to 2; the first start compiles for minutes, later "
+        "ones find what it left in TORCHINDUCTOR_CACHE_DIR. Results differ by rounding",
+    )
+    cuda_graph: bool = Field(
+        False,
+        description="on a GPU, a category that is trained by one rank takes its steps as one CUDA graph: synthesis, passes and "
+        "gradients are one launch. Never measured yet",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of one rank; none: the node's cores / its ranks")
     log_every: int = Field(10, ge=1, description="steps between two lines of the log")
     max_rejected: int = Field(
@@ -752,6 +762,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"trainer.find_batch_size with parallel.categories_per_gpu {config.parallel.categories_per_gpu}: every category "
             "would take the whole device's memory for its own; give trainer.micro_batch_size"
         )
+    if trainer.cuda_graph:
+        for path, value, why in (
+            ("data.mode", data.mode, "the images must be on the device"),
+            ("trainer.precision", trainer.precision, "its loss scale would stay what it was at the first step"),
+            ("trainer.compile", trainer.compile, "it makes graphs of its own"),
+        ):
+            if value in ("streaming", "fp16", "reduce-overhead"):
+                yield f"trainer.cuda_graph with {path} {value}: {why}"
     if trainer.spike_factor and trainer.spike_patience >= trainer.max_rejected:
         yield (
             f"trainer.spike_patience {trainer.spike_patience}: must be below trainer.max_rejected {trainer.max_rejected}, or "

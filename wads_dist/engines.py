@@ -76,6 +76,14 @@ def finite(tensors: list[Tensor]) -> Tensor:
     return torch.isfinite(torch.nn.utils.get_total_norm(tensors))
 
 
+def copy_all(to: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Copies each into its counterpart, in a launch a type instead of one a tensor."""
+    for dtype in {t.dtype for t in tensors}:
+        chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        torch._foreach_copy_([to[i] for i in chosen], [tensors[i] for i in chosen])
+    return to
+
+
 def discard(engine: DeepSpeedEngine) -> None:
     """Forget the gradients of this step, as if its batch had never been seen (``engine.zero_grad`` leaves ZeRO's buffers)."""
     optimizer = engine.optimizer

@@ -126,20 +126,21 @@ class Bilinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (height, width), (n, channels, rows, columns) = ctx.sides, gradient.shape
         g = gradient.permute(0, 2, 3, 1).contiguous()
-        of_rows, of_columns = (
-            interpolation(few, many, g.dtype, g.device).T for few, many in ((height, rows), (width, columns))
-        )
+        matrix = interpolation if torch.compiler.is_compiling() else kept_interpolation
+        of_rows, of_columns = (matrix(*sides, g.dtype, g.device).T for sides in ((height, rows), (width, columns)))
         g = torch.matmul(of_rows, g.view(n, rows, columns * channels))
         g = torch.matmul(of_columns, g.view(n * height, columns, channels))
         return g.view(n, height, width, channels).permute(0, 3, 1, 2), None
 
 
-@lru_cache
 def interpolation(few: int, many: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[many, few]: what each of ``many`` values takes of each of ``few``, by bilinear interpolation."""
-    rows = torch.eye(few, dtype=torch.float64)[None]
-    weights = F.interpolate(rows, many, mode="linear", align_corners=False)[0].T
-    return weights.to(device, dtype).contiguous()
+    places = torch.arange(few, dtype=torch.float64, device=device)
+    source = (torch.arange(many, dtype=torch.float64, device=device) + 0.5) * few / many - 0.5
+    return (1 - (source.clamp(0, few - 1)[:, None] - places).abs()).clamp_min(0).to(dtype)
+
+
+kept_interpolation = lru_cache(interpolation)
 
 
 def replicate(x: Tensor, width: int) -> Tensor:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from kernels.objective import ObjectiveTerms, ObjectiveWeights, objective
+from kernels.objective import ObjectiveWeights, objective
 from kernels.synthesis import Batch
-from wads_dist import engines, guards
+from wads_dist import engines, graph, guards
 from wads_dist.config import Config, ObjectiveConfig, resolve_batches
 from wads_dist.data import TrainingData, rank_samples
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision, with_monitors, without_monitors
@@ -132,14 +132,6 @@ def learning_rate(config: Config, position: int) -> float:
     return trainer.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * after)) / 2)
 
 
-def copy_all(to: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """Copies each into its counterpart, in a launch a type instead of one a tensor."""
-    for dtype in {t.dtype for t in tensors}:
-        chosen = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        torch._foreach_copy_([to[i] for i in chosen], [tensors[i] for i in chosen])
-    return to
-
-
 class Trainer:
     """Owns the engines and the progress of one category."""
 
@@ -175,10 +167,18 @@ class Trainer:
         monitored = with_monitors(settings, config.run.dir, category)
         self.gs = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)
         self.d = engines.initialize(discriminator, engines.adam(discriminator, rate, betas), without_monitors(settings))
+        if config.trainer.compile != "off":
+            graph.compile_networks(self.both, config.trainer.compile)
         self.ema = engines.ParameterAverage(self.gs.module, config.trainer.ema) if config.trainer.ema else None
         self.weights = objective_weights(config.objective)
         self.loss_scale = engines.LossScale.for_precision(self.precision)
         self.progress = Progress()
+        self.graph: graph.StepGraph | None = None
+        self.no_graph = graph.why_no_graph(
+            config, ranks.device.type, ranks.world_size, self.gs.zero_optimization_stage()
+        )
+        if not self.no_graph:
+            self.graph = graph.StepGraph(self, self.micro_batch_size, ranks.device)
 
     @property
     def both(self) -> tuple[DeepSpeedEngine, DeepSpeedEngine]:
@@ -190,19 +190,29 @@ class Trainer:
         ids = torch.arange(mine.start, mine.stop, device=self.ranks.device)
         return list(ids.split(self.micro_batch_size))
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor, ObjectiveTerms, dict[str, Tensor]]:
-        """Forward passes of all networks: what generator and segmenter minimise, what the discriminator does, and its parts.
+    def parameters(self) -> list[Tensor]:
+        """What both optimisers train."""
+        return [p for engine in self.both for p in engine.module.parameters() if p.requires_grad]
+
+    def buffers(self) -> list[Tensor]:
+        """What a forward pass changes: BatchNorm's statistics."""
+        return list(self.gs.module.buffers())
+
+    def losses(self, batch: Batch, direct: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Forward passes of all networks: what generator and segmenter minimise, what the discriminator does, and their terms;
+        ``direct``: past DeepSpeed, which then knows nothing of the passes.
 
         The discriminator sees X and X̂ once, for both: L_adv's gradient for X̂ is taken from the graph on which L_disc's
         backward then runs (on X̂ detached, both would need a pass of their own over each image). It is not taken if L_adv weighs
         nothing.
         """
         weights, mark, step = self.config.objective, self.pulse.mark, self.progress.step
-        x_hat, logits, z, z_hat = self.gs(batch.clean, batch.anomalous, weights.latent.detach)
+        wads, critic = (self.gs.module, self.d.module) if direct else self.both
+        x_hat, logits, z, z_hat = wads(batch.clean, batch.anomalous, weights.latent.detach)
         mark("discriminator", step)
         seen = x_hat.detach().requires_grad_(weights.adversarial.weight > 0)
         # DeepSpeed must know of a forward pass, but would take a gradient for the outputs it has seen as the step's backward.
-        real, fake = self.d(batch.clean), self.d.module(seen)
+        real, fake = critic(batch.clean), self.d.module(seen)
         adversarial = adversarial_loss(weights.adversarial.form, fake, real)
         if seen.requires_grad:
             scaled = adversarial * self.loss_scale.scale
@@ -216,7 +226,40 @@ class Trainer:
         terms = objective(target, x_hat, logits, batch.mask, self.weights, self.config.trainer.kernels)
         latent = F.mse_loss(z_hat.float(), z.float())
         total = terms.total + weights.adversarial.weight * adversarial + weights.latent.weight * latent
-        return total, discriminator, terms, {"adversarial": adversarial, "latent": latent}
+        return (
+            total,
+            discriminator,
+            {
+                "total": total,
+                "dissimilarity": terms.dissimilarity,
+                "mse": terms.mse,
+                "focal": terms.focal,
+                "kl": terms.kl,
+                "discriminator": discriminator,
+                "adversarial": adversarial,
+                "latent": latent,
+            },
+        )
+
+    def micro_batch(self, ids: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Losses, and a gradient for each of ``parameters()``, of the samples ``ids``: what DeepSpeed's backward passes would
+        leave on one rank at ZeRO-0."""
+        total, discriminator, terms = self.losses(self.data.batch(ids), direct=True)
+        gradients: list[Tensor] = []
+        for loss, engine in ((total, self.gs), (discriminator, self.d)):
+            trained = [p for p in engine.module.parameters() if p.requires_grad]
+            scaled = loss * self.loss_scale.scale / self.accumulation
+            gradients += torch.autograd.grad(scaled, trained, materialize_grads=True)
+        return {name: value.detach() for name, value in terms.items()}, gradients
+
+    def warm_up(self) -> None:
+        """Compiles, for minutes perhaps, and leaves no trace: a pass of the next samples whose gradients nobody sees, without a
+        mark (no step takes so long). Not collective."""
+        kept = engines.copy_all([torch.empty_like(b) for b in self.buffers()], self.buffers())
+        pulse, self.pulse = self.pulse, Pulse()
+        self.micro_batch(self.sample_ids(self.progress.next_sample)[0])
+        self.pulse = pulse
+        engines.copy_all(self.buffers(), kept)
 
     def step(self, first: int) -> Losses:
         """One optimiser step of both engines on the samples [first, first + global batch), or of neither."""
@@ -224,26 +267,24 @@ class Trainer:
         seconds = self.own_time.take()  # the last step's: the device has finished it
         micro_batches = self.sample_ids(first)
         upcoming = self.sample_ids(first + self.config.trainer.global_batch_size)[:1]
-        kept = list(self.gs.module.buffers())
-        buffers = copy_all([torch.empty_like(b) for b in kept], kept)
+        kept = self.buffers()
+        buffers = engines.copy_all([torch.empty_like(b) for b in kept], kept)
+        if self.graph:
+            self.graph.begin()
         for i, ids in enumerate(micro_batches):
-            with self.own_time:
-                mark("data", number)
-                batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
+            if self.graph:
                 mark("forward", number)
-                total, disc, terms, extra = self.losses(batch)
-            mark("backward", number)
-            self.gs.backward(total * self.loss_scale.scale)
-            self.d.backward(disc * self.loss_scale.scale)
-            losses.add(
-                total=total,
-                dissimilarity=terms.dissimilarity,
-                mse=terms.mse,
-                focal=terms.focal,
-                kl=terms.kl,
-                discriminator=disc,
-                **extra,
-            )
+                losses.add(**self.graph(ids))
+            else:
+                with self.own_time:
+                    mark("data", number)
+                    batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
+                    mark("forward", number)
+                    total, disc, terms = self.losses(batch)
+                mark("backward", number)
+                self.gs.backward(total * self.loss_scale.scale)
+                self.d.backward(disc * self.loss_scale.scale)
+                losses.add(**terms)
             if i + 1 < len(micro_batches):
                 for engine in self.both:
                     engine.step()  # counts the micro-batch; the optimiser steps at the boundary only
@@ -279,7 +320,7 @@ class Trainer:
         if verdict.rejected:
             for engine in self.both:
                 engines.discard(engine)
-            copy_all(list(self.gs.module.buffers()), buffers)
+            engines.copy_all(self.buffers(), buffers)
         else:
             if self.loss_scale.scale != 1:
                 torch._foreach_div_(grads, self.loss_scale.scale)

@@ -185,6 +185,14 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     )
     if resumed:
         checkpoint.restore(trainer, resumed, data, events.write)
+    if config.trainer.cuda_graph and ranks.is_first and trainer.no_graph:
+        say(f"{category}: no CUDA graph: {trainer.no_graph}")
+    if config.trainer.compile != "off":
+        if ranks.is_first:
+            say(f"{category}: compiling the networks (at a first start for minutes)")
+        started = time.monotonic()
+        trainer.warm_up()
+        events.write("compiled", seconds=round(time.monotonic() - started, 3))
     started_at, started = trainer.progress.next_sample, time.monotonic()
     events.write(
         "resume" if resumed else "start",

@@ -1,9 +1,12 @@
 """What a GPU runs in the place of torch's own, against it, in float64 on a CPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torchvision.ops import FeaturePyramidNetwork
 
 from wads_dist.layers import Bilinear, Pyramid, Replicate, ReplicateConv2d, set_padding
@@ -40,6 +43,24 @@ def test_replicate_padding_is_torchs(shape: tuple[int, ...], width: int) -> None
     torchs = gradients(lambda x: F.pad(x, (width,) * 4, mode="replicate"), x)
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(ours, torchs, strict=True))
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layer", [lambda x: Bilinear.apply(x, (8, 12)), lambda x: Replicate.apply(x, 2)])
+def test_torch_compile_takes_them_whole_and_on_one_device(layer: Callable[[Tensor], Tensor]) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    compiled = torch.compile(
+        layer,
+        backend=aot_autograd(
+            bw_compiler=lambda graph, _: graphs.append(graph) or graph, fw_compiler=lambda graph, _: graph
+        ),
+        fullgraph=True,
+    )
+    assert all(torch.allclose(a, b) for a, b in zip(gradients(compiled, x), gradients(layer, x), strict=True))
+    # A matrix brought from the host would keep the graph from becoming a CUDA graph.
+    assert graphs and not [
+        n for g in graphs for n in g.graph.nodes if "_to_copy" in str(n.target) and "device" in n.kwargs
+    ]
 
 
 def test_padding_changes_neither_weights_nor_names() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from tests.support.fake_gpu import DEVICE, Layouts, backward, fake_gpu, to_gpu
 from wads_dist.config import load_config
-from wads_dist.layers import interpolation
+from wads_dist.layers import kept_interpolation
 from wads_dist.models import Discriminator, Wads
 
 PRESETS = ("wads", "paper_literal", "wads_plus")
@@ -16,7 +16,7 @@ PRESETS = ("wads", "paper_literal", "wads_plus")
 @pytest.fixture(autouse=True)
 def no_fake_matrix_stays() -> Iterator[None]:
     yield
-    interpolation.cache_clear()
+    kept_interpolation.cache_clear()
 
 
 def images() -> torch.Tensor:

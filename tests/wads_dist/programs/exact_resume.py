@@ -25,7 +25,7 @@ HALF, WHOLE = 2, 4
 
 def trainer_at(stage: str, ranks: Ranks) -> Trainer:
     options = ["--trainer.deepspeed", f"configs/deepspeed/zero{stage}.json", "--trainer.micro_batch_size", "2"]
-    trainer = small_trainer(ranks, *options, "--trainer.ema", "0.9", "--trainer.learning_rate", "1e-3")
+    trainer = small_trainer(ranks, *options, "--trainer.ema", "0.9", "--trainer.learning_rate", "1e-3", *sys.argv[3:])
     trainer.loss_scale = engines.LossScale(scale=1.0, dynamic=True, interval=2)  # moves within this test
     return trainer
 

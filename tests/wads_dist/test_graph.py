@@ -1,0 +1,51 @@
+"""torch.compile of the networks, and the step as a CUDA graph, without a GPU: all but the capture itself."""
+
+from collections.abc import Callable
+
+import pytest
+
+from wads_dist.config import ConfigError, load_config
+from wads_dist.graph import why_no_graph
+
+Run = Callable[..., list[str]]
+BASE = ["--data.shards", "none"]
+
+
+@pytest.mark.slow
+def test_a_recorded_step_is_the_eager_one(run_ranks: Run) -> None:
+    """Bitwise, with accumulation and a step that is rejected."""
+    assert "numbers are the same" in run_ranks("fewer_launches.py", 1, "graph")[0]
+
+
+@pytest.mark.slow
+def test_compiled_networks_take_the_eager_step(run_ranks: Run) -> None:
+    """Traced as by any backend; nothing breaks, nothing is compiled after the warm-up, and that leaves no trace."""
+    assert "compiled: ZeRO-1" in run_ranks("fewer_launches.py", 1, "aot_eager", "1")[0]
+
+
+@pytest.mark.long
+def test_inductor_takes_the_eager_step(run_ranks: Run) -> None:
+    assert run_ranks("fewer_launches.py", 1, "inductor", "0,1,2")[0].count("compiled: ZeRO-") == 3
+
+
+@pytest.mark.long
+def test_a_compiled_run_resumes_exactly(run_ranks: Run, tmp_path: object) -> None:
+    printed = run_ranks("exact_resume.py", 1, str(tmp_path), "0,1,2", "--trainer.compile", "default")[0]
+    assert printed.count("bitwise equal") == 3
+
+
+def test_what_stands_against_a_graph() -> None:
+    off, on = load_config(BASE), load_config([*BASE, "--trainer.cuda_graph", "true"])
+    assert why_no_graph(on, "cuda", 1, 0) is None
+    assert why_no_graph(off, "cuda", 1, 0) == "trainer.cuda_graph is off"
+    assert "GPU" in str(why_no_graph(on, "cpu", 1, 0))
+    assert "2 ranks" in str(why_no_graph(on, "cuda", 2, 0)) and "ZeRO-1" in str(why_no_graph(on, "cuda", 1, 1))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [("--data.mode", "streaming"), ("--trainer.precision", "fp16"), ("--trainer.compile", "reduce-overhead")],
+)
+def test_settings_that_a_graph_cannot_have_are_refused(setting: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"trainer.cuda_graph with {setting[0][2:]} {setting[1]}"):
+        load_config([*BASE, "--trainer.cuda_graph", "true", *setting])
