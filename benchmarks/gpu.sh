@@ -18,6 +18,7 @@ case $parts in 1 | 2 | "1 2") ;; *) echo "PART is 1 or 2, not '$parts'" >&2; exi
 mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT || exit 1
+export WADS_RESULTS=$out
 export PATH="$(dirname "$python"):$PATH" # torch's extension builder looks for ninja there
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COLUMNS=150
 

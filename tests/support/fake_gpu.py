@@ -89,17 +89,19 @@ def is_nhwc(x: Tensor) -> bool:
 class Layouts(TorchDispatchMode):
     """Counts convolutions, those that see an NCHW tensor, normalisations and upsamplings, and those of them in fp32.
 
-    The convolutions' results get cuDNN's layout (channels_last if the input or the weight is), GroupNorm's the kernels'.
+    Without a GPU (not ``real``) the convolutions' results get cuDNN's layout (channels_last if the input or the weight is), and
+    GroupNorm's the kernels'.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, real: bool = False) -> None:
         super().__init__()
-        self.count = Counter[str]()
+        self.real, self.count = real, Counter[str]()
 
     def __enter__(self) -> "Layouts":
         self.patches = contextlib.ExitStack()
-        self.patches.enter_context(mock.patch.object(group_norm_triton, "forward", self._norm))
-        self.patches.enter_context(mock.patch.object(group_norm_triton, "backward", self._norm_backward))
+        if not self.real:
+            self.patches.enter_context(mock.patch.object(group_norm_triton, "forward", self._norm))
+            self.patches.enter_context(mock.patch.object(group_norm_triton, "backward", self._norm_backward))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -123,9 +125,11 @@ class Layouts(TorchDispatchMode):
         result, name = operator(*args, **(kwargs or {})), operator._overloadpacket.__name__
         if name == "convolution" and args[8] == 1:  # not the Gaussian, a channel by itself
             self._see("convolutions", args[0])
-            return _like(result, args[0], args[1])
+            return result if self.real else _like(result, args[0], args[1])
         if name == "convolution_backward":
             self._see("convolutions", args[0], args[1])
+            if self.real:
+                return result
             return (None if result[0] is None else _like(result[0], args[1], args[2]), *result[1:])
         if name.endswith(("batch_norm", "batch_norm_backward")) or "group_norm" in name:
             self._see("norms", args[0])

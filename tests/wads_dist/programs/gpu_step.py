@@ -1,0 +1,191 @@
+"""Whole steps of the trainer where a GPU could go wrong; each case is run by its name, and prints what it saw.
+
+All but ``layout``, ``graph`` and ``compile`` run on a CPU as well, to show that the program itself is right.
+"""
+
+import copy
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts
+sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from common import Samples, join, leave, small_config, small_trainer
+from exact_resume import assert_same, everything
+from lives import DATA
+from torch import Tensor
+
+from kernels.synthesis import Batch
+from tests.support.fake_gpu import Layouts
+from wads_dist import checkpoint, graph
+from wads_dist.distributed import Ranks
+from wads_dist.record import code_version
+from wads_dist.trainer import Trainer
+
+IDS = 8
+GOLDEN_STEPS = 5
+
+
+def on_cpu(trainer: Trainer) -> Trainer:
+    """``trainer``'s networks and its only batch on a CPU, for ``micro_batch`` alone."""
+    twin = copy.copy(trainer)
+    twin.gs, twin.d = (SimpleNamespace(module=copy.deepcopy(e.module).cpu()) for e in trainer.both)  # type: ignore[assignment]
+    batch = Batch(*(value.cpu() for value in vars(trainer.data.batch(torch.arange(IDS))).values()))
+    twin.data = Mock(batch=lambda *_: batch)
+    return twin
+
+
+def apart(a: list[Tensor], b: list[Tensor]) -> float:
+    """The norm of the difference of all gradients, relative to theirs."""
+    difference = sum((x.double().cpu() - y.double().cpu()).square().sum() for x, y in zip(a, b, strict=True))
+    return float((difference / sum(y.double().cpu().square().sum() for y in b)) ** 0.5)
+
+
+def kernels(ranks: Ranks) -> None:
+    """Losses and gradients with our kernels are those of torch's own operators, on this device and on a CPU, in fp32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    ids = torch.arange(IDS, device=ranks.device)
+    for preset in ("wads", "wads_plus"):
+        losses, gradients = {}, {}
+        for name in ("auto", "torch"):
+            trainer = small_trainer(ranks, "--preset", preset, "--trainer.kernels", name)
+            # The same samples for all: of those that are made twice, a pixel on the threshold may be another.
+            samples = Samples(small_config("--preset", preset, "--trainer.kernels", "torch"))
+            batch = samples.batch(torch.arange(IDS, device=ranks.device))
+            trainer.data = Mock(batch=lambda *_, batch=batch: batch)
+            losses[name], gradients[name] = trainer.micro_batch(ids)
+        losses["cpu"], gradients["cpu"] = on_cpu(trainer).micro_batch(ids.cpu())
+        for other in ("torch", "cpu"):
+            for name, loss in losses["auto"].items():
+                assert abs(loss.item() - losses[other][name].item()) < 1e-4 * (1 + abs(loss.item())), (
+                    preset,
+                    other,
+                    name,
+                )
+            difference = apart(gradients["auto"], gradients[other])
+            assert difference < 1e-3, (preset, other, difference)
+            print(f"{preset}: gradients differ from {other}'s by {difference:.1e}", flush=True)
+
+
+def overflow(ranks: Ranks) -> None:
+    """In fp16: a step that overflows is skipped, and a run that is saved then goes on as if it had not been stopped."""
+    precision = "fp16" if ranks.device.type == "cuda" else "fp32"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    trainers = []
+    with tempfile.TemporaryDirectory(dir=sys.argv[2]) as folder:
+        for resumed in (False, True):
+            trainer = small_trainer(ranks, "--trainer.precision", precision, "--trainer.ema", "0.9")
+            if precision == "fp32":
+                trainer.loss_scale.dynamic = True
+            if resumed:
+                assert checkpoint.resume(trainer, Path(folder), DATA)
+            else:
+                trainer.loss_scale.scale = 2.0**125  # over every type's limit
+                trainer.step(0)
+                assert trainer.progress.rejected == 1 and trainer.loss_scale.scale == 2.0**124
+                trainer.loss_scale.scale = 2.0**10
+                trainer.step(8)
+                assert trainer.progress.rejected == 1
+                assert checkpoint.save(trainer, Path(folder), DATA).path
+            for _ in range(2):
+                trainer.step(trainer.progress.next_sample)
+            trainers.append(everything(trainer))
+    print(f"overflow: {assert_same(*trainers, 'after the resume'):,} numbers are the same", flush=True)
+
+
+def resume(ranks: Ranks) -> None:
+    """With the deterministic switch every bit is that of the run that was not stopped, at ZeRO 0 and 1."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    for stage in (0, 1):
+        states = []
+        options = ["--trainer.deepspeed", f"configs/deepspeed/zero{stage}.json", "--trainer.ema", "0.9"]
+        with tempfile.TemporaryDirectory(dir=sys.argv[2]) as folder:
+            for resumed in (False, True):
+                torch.manual_seed(0)
+                trainer = small_trainer(
+                    ranks, *options, "--trainer.deterministic", "true", "--trainer.precision", "auto"
+                )
+                if resumed:
+                    assert checkpoint.resume(trainer, Path(folder), DATA)
+                else:
+                    for first in (0, 8):
+                        trainer.step(first)
+                    assert checkpoint.save(trainer, Path(folder), DATA).path
+                for first in (16, 24):
+                    trainer.step(first)
+                states.append(everything(trainer))
+        print(f"resume at ZeRO-{stage}: {assert_same(*states, 'after the resume'):,} numbers are the same", flush=True)
+
+
+def layout(ranks: Ranks) -> None:
+    """What the fake tensors promise: no convolution sees NCHW, nothing that normalises or upsamples runs in fp32."""
+    for preset in ("wads", "paper_literal", "wads_plus"):
+        trainer = small_trainer(ranks, "--preset", preset, "--trainer.precision", "bf16")
+        with Layouts(real=True) as seen:
+            trainer.step(0)
+        count = seen.count
+        wrong = {k: n for k, n in count.items() if n and k.endswith(("NCHW", "norms in fp32", "upsamplings in fp32"))}
+        assert count["convolutions"] > 100 and not wrong, (preset, dict(count))
+        print(f"{preset}: {count['convolutions']} convolutions, none in NCHW", flush=True)
+
+
+def same_weights(ranks: Ranks, prepare: str, tolerance: float) -> None:
+    """Three steps of ``prepare``'s trainer and of the eager one."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    states = []
+    for changed in (False, True):
+        trainer = small_trainer(ranks, "--trainer.precision", "bf16" if prepare == "graph" else "fp32")
+        if changed and prepare == "graph":
+            trainer.graph = graph.StepGraph(trainer, IDS, ranks.device)
+        elif changed:
+            graph.compile_networks(trainer.both, prepare)
+            trainer.warm_up()
+        for step in range(3):
+            trainer.step(8 * step)
+        assert not trainer.progress.rejected
+        states.append([p.detach().clone() for p in trainer.parameters()])
+    difference = apart(*states)
+    assert difference <= tolerance, difference
+    print(f"{prepare}: weights differ by {difference:.1e}", flush=True)
+
+
+def golden(ranks: Ranks) -> None:
+    """The losses of five steps are those that this type of device had before; the first run of one writes them to argv[3]."""
+    device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
+    known = Path(__file__).parents[2] / "golden" / f"{device.replace(' ', '-')}.json"
+    seen: dict[str, list[float]] = {}
+    for precision in ("fp32", "bf16"):
+        trainer = small_trainer(ranks, "--trainer.precision", precision, "--trainer.learning_rate", "1e-3")
+        seen[precision] = [trainer.step(8 * step).means()["total"] for step in range(GOLDEN_STEPS)]
+    if not known.is_file():
+        new = Path(sys.argv[3]) / known.name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps({"device": device, "versions": code_version(), "losses": seen}, indent=1) + "\n")
+        print(f"no losses of {device} are known; these are in {new}: look at them, and put them into tests/golden")
+        return
+    before = json.loads(known.read_text())["losses"]
+    for precision, tolerance in (("fp32", 1e-3), ("bf16", 2e-2)):
+        for step, (a, b) in enumerate(zip(seen[precision], before[precision], strict=True)):
+            assert abs(a - b) < tolerance * abs(b), (precision, step, a, b)
+    print(f"the losses of {device} are as known", flush=True)
+
+
+def main() -> None:
+    ranks, case = join(), sys.argv[1]
+    if case == "graph":
+        same_weights(ranks, case, 0.0)
+    elif case in ("default", "reduce-overhead"):
+        same_weights(ranks, case, 1e-2)
+    else:
+        globals()[case](ranks)
+    leave()
+
+
+if __name__ == "__main__":
+    main()
