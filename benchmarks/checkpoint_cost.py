@@ -7,7 +7,6 @@ background would wait for.
 
 import argparse
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ import torch
 
 from wads_dist import checkpoint, checkpoint_files
 from wads_dist.config import load_config
+from wads_dist.rendezvous import unless_launched
 from wads_dist.step_profile import RandomImages
 from wads_dist.trainer import Trainer
 
@@ -28,10 +28,7 @@ def build(batch: int) -> Trainer:
     """A trainer of ``configs/mvtec.toml`` after one step, so that Adam has its moments; one rank."""
     from wads_dist.worker import initialise
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    unless_launched()
     options = f"--config configs/mvtec.toml --data.shards none --trainer.global_batch_size {batch}".split()
     config = load_config(options)
     ranks = initialise(config, os.cpu_count() or 1)

@@ -20,7 +20,6 @@ All train the same networks from the same weights with the same losses; rows tak
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,6 +43,7 @@ from wads_dist.kernel_timing import measure_device, synchronise
 from wads_dist.layers import use_kernels
 from wads_dist.models import Discriminator, Wads
 from wads_dist.record import code_version
+from wads_dist.rendezvous import unless_launched
 from wads_dist.step_profile import RandomImages, threads_of
 from wads_dist.trainer import Trainer, WithGradient, adversarial_loss, discriminator_loss, objective_weights
 from wads_dist.worker import initialise
@@ -208,8 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    os.environ.update({} if "RANK" in os.environ else alone)
+    unless_launched()
     results: list[dict[str, Any]] = []
     ranks: Ranks | None = None
     for backbone in given.backbones:

@@ -2,7 +2,6 @@
 [--SECTION.FIELD VALUE ...]``."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,13 +37,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
 
 if __name__ == "__main__":
     given, settings = parse()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
 
     def run(config: Config) -> int:
-        from wads_dist.step_profile import profile_step  # imports DeepSpeed; a misspelled setting is told before
+        from wads_dist.rendezvous import unless_launched  # imports torch; a misspelled setting is told before
+        from wads_dist.step_profile import profile_step
 
+        unless_launched()
         return profile_step(config, given.steps, given.json, given.trace)
 
     leave(main(run, settings))

@@ -1,5 +1,7 @@
 """Two launched ranks, here as two threads with a connection each."""
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from wads_dist import rendezvous
 from wads_dist.errors import ExitCode, LaunchError, PreemptedError, RankLostError
 from wads_dist.pulse import Standing
-from wads_dist.rendezvous import Launch, Line, free_port
+from wads_dist.rendezvous import Launch, Line, free_port, unless_launched
 
 pytestmark = pytest.mark.alone  # ranks that must be heard of within seconds
 
@@ -211,3 +213,20 @@ def test_what_the_ranks_of_an_earlier_life_agreed_on_does_not_count(monkeypatch:
         launch._closed.set()
         launch._pulse.join(5)
     assert agent.check(["/concluded", "1//concluded"])
+
+
+def test_a_process_without_a_launcher_takes_a_port_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement beside a training, whose launcher has 29500."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    unless_launched()
+    assert os.environ["WORLD_SIZE"] == "1"
+    first = os.environ["MASTER_PORT"]
+    with socket.socket() as listener:
+        listener.bind(("", int(first)))
+        unless_launched()
+        assert os.environ["MASTER_PORT"] == first  # launched by now
+        monkeypatch.delenv("RANK")
+        unless_launched()
+        assert os.environ["MASTER_PORT"] != first
