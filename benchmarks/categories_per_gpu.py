@@ -52,7 +52,11 @@ def main() -> None:
         shards = Path(folder) / "shards"
         demo = [sys.executable, "-m", "shards", "demo", "--out", str(shards), "--categories", str(CATEGORIES)]
         subprocess.run(demo, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-        rows = [measure(shards, Path(folder) / f"run-{n}", n, settings) for n in given.at_once]
+        rows: list[dict[str, float]] = []
+        for n in given.at_once:
+            rows.append(measure(shards, Path(folder) / f"run-{n}", n, settings))
+            if given.json:
+                given.json.write_text(json.dumps(rows, indent=1))
     table = Table(title=f"{CATEGORIES} categories of {given.config} on one rank, {os.cpu_count()} cores")
     for name in ("at once", "images/s in all", "of one at a time", "images/s of each", "start-up of each, s"):
         table.add_column(name, justify="right")
@@ -61,8 +65,6 @@ def main() -> None:
         numbers = (f"{row['images_per_second']:.1f}", f"{ratio:.2f}×", f"{row['each']:.1f}", f"{row['startup']:.1f}")
         table.add_row(str(row["at_once"]), *numbers)
     Console().print(table)
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kernels.objective import objective
 from kernels.synthesis import Batch
+from wads_dist.checkpoint import zero_stage
 from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.deepspeed_config import resolve_precision
 from wads_dist.distributed import Ranks
@@ -67,8 +68,9 @@ class PlainLoop:
         self.config, self.tuned, self.synthesis, self.shared = config, tuned, synthesis, shared
         precision = resolve_precision(config.trainer.precision, device.type) if tuned else "fp32"
         size, width = config.data.image_size, config.model.width
-        self.wads = Wads(config.model, size, precision).to(device)
-        self.d = Discriminator(size, width, precision).to(device)
+        layout = torch.channels_last if tuned else torch.contiguous_format
+        self.wads = Wads(config.model, size, precision).to(device).to(memory_format=layout)
+        self.d = Discriminator(size, width, precision).to(device).to(memory_format=layout)
         self.parallel_wads, self.parallel_d = (
             (DistributedDataParallel(net) if ddp else net) for net in (self.wads, self.d)
         )
@@ -85,7 +87,6 @@ class PlainLoop:
         self.data, self.weights = RandomImages(config, device), objective_weights(config.objective)
         self.ids = torch.arange(config.trainer.global_batch_size // ranks.world_size, device=device)
         first = self.data.batch(self.ids)
-        layout = torch.channels_last if tuned else torch.contiguous_format
         self.kept = Batch(
             first.clean.contiguous(memory_format=layout), first.anomalous.contiguous(memory_format=layout), first.mask
         )
@@ -130,13 +131,14 @@ class Ours:
     def __init__(self, config: Config, ranks: Ranks, mode: str | None = None) -> None:
         if mode == "graph":
             config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"cuda_graph": True})})
-        self.trainer = Trainer(config, ranks, RandomImages(config, ranks.device))  # type: ignore[arg-type]
+        stage = zero_stage(None, ranks.world_size)
+        self.trainer = Trainer(config, ranks, RandomImages(config, ranks.device), stage=stage)  # type: ignore[arg-type]
         self.position = 0
         for engine in self.trainer.both:
             engine.train()
         if mode == "graph":
-            if self.trainer.no_graph:
-                raise ConfigError([self.trainer.no_graph])
+            if self.trainer.why_no_graph:
+                raise ConfigError([self.trainer.why_no_graph])
         elif mode:
             compile_networks(self.trainer.both, mode)
             self.trainer.warm_up()
@@ -146,35 +148,22 @@ class Ours:
         self.position += self.trainer.config.trainer.global_batch_size
 
 
-def compiled(config: Config, ranks: Ranks, mode: str) -> Callable[[], None] | str:
-    """The step with compiled networks once it is compiled; or why there is none."""
+def prepared(config: Config, ranks: Ranks, mode: str) -> Callable[[], None] | str:
+    """The step with compiled networks, or as a graph, once it is so; or why there is none."""
+    started = time.perf_counter()
     try:
-        ours, started = Ours(config, ranks, mode), time.perf_counter()
+        ours = Ours(config, ranks, mode)
         for _ in range(3):
             ours.step()
         synchronise(ranks.device)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    print(f"{mode}: {time.perf_counter() - started:.0f} s for the first steps")
+    print(f"{mode}: {time.perf_counter() - started:.0f} s until the third step was done", flush=True)
     return ours.step
 
 
-def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> dict[str, Any]:
+def seconds(steps: dict[str, Callable[[], None]], ranks: Ranks, rounds: int) -> dict[str, float]:
     """Median seconds of a step of each, over ``rounds`` rounds in which all take turns."""
-    ours = Ours(config, ranks)
-    steps: dict[str, Callable[[], None]] = {
-        "eager NCHW fp32": PlainLoop(config, ranks, tuned=False).step,
-        f"eager channels_last {ours.trainer.precision}": PlainLoop(config, ranks, tuned=True).step,
-        "the same, DDP": PlainLoop(config, ranks, tuned=True, ddp=True).step,
-        "our step, no DeepSpeed": PlainLoop(config, ranks, tuned=True, synthesis=True, shared=True).step,
-        "ours": ours.step,
-    }
-    for mode in modes:
-        step = compiled(config, ranks, mode)
-        if isinstance(step, str):
-            print(f"{mode}: failed; {step}")
-        else:
-            steps[f"ours, {mode}"] = step
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 1):  # the first warms up
         for name, step in steps.items():
@@ -185,17 +174,42 @@ def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> 
             synchronise(ranks.device)
             if i:
                 times[name].append(time.perf_counter() - started)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What is known of each: of all that is eager first, then with a mode more each time, which takes turns with ours."""
+    ours = Ours(config, ranks)
+    steps: dict[str, Callable[[], None]] = {
+        "eager NCHW fp32": PlainLoop(config, ranks, tuned=False).step,
+        f"eager channels_last {ours.trainer.precision}": PlainLoop(config, ranks, tuned=True).step,
+        "the same, DDP": PlainLoop(config, ranks, tuned=True, ddp=True).step,
+        "our step, no DeepSpeed": PlainLoop(config, ranks, tuned=True, synthesis=True, shared=True).step,
+        "ours": ours.step,
+    }
     batch = config.trainer.global_batch_size
-    return {
+    measured = seconds(steps, ranks, rounds)
+    result: dict[str, Any] = {
         "backbone": config.model.backbone,
         "width": config.model.width,
         "image_size": config.data.image_size,
         "batch": batch,
         "precision": ours.trainer.precision,
-        "images_per_second": {name: batch / value for name, value in seconds.items()},
-        "ours_is_times": {name: value / seconds["ours"] for name, value in seconds.items()},
+        "images_per_second": {name: batch / value for name, value in measured.items()},
+        "ours_is_times": {name: value / measured["ours"] for name, value in measured.items()},
     }
+    del steps  # their memory
+    yield result
+    for mode in modes:
+        step = prepared(config, ranks, mode)
+        if isinstance(step, str):
+            print(f"{mode}: failed; {step}", flush=True)
+            continue
+        name = f"ours, {mode}"
+        measured = seconds({"ours": ours.step, name: step}, ranks, rounds)
+        result["images_per_second"][name] = batch / measured[name]
+        result["ours_is_times"][name] = measured[name] / measured["ours"]
+        yield result
 
 
 def main() -> None:
@@ -209,6 +223,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
     unless_launched()
+    device = measure_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")).name
     results: list[dict[str, Any]] = []
     ranks: Ranks | None = None
     for backbone in given.backbones:
@@ -217,21 +232,22 @@ def main() -> None:
         base = ["--model.backbone", backbone, *sizes, "--trainer.global_batch_size", str(given.batch)]
         config = load_config([*base, "--trainer.deepspeed", "configs/deepspeed/zero0.json", *settings])
         ranks = ranks or initialise(config, threads_of(config))
-        results.append(result := compare(config, ranks, given.rounds, given.compile))
-        table = Table(
-            "",
-            "images/s",
-            "ours is",
-            title=f"{backbone}, {result['image_size']}², batch {given.batch}, {ranks.world_size} ranks",
-            title_justify="left",
-        )
-        for name, rate in result["images_per_second"].items():
-            table.add_row(name, f"{rate:.2f}", f"{result['ours_is_times'][name]:.2f}×")
+        of_backbone = len(results)
+        for result in compare(config, ranks, given.rounds, given.compile):
+            results[of_backbone:] = [result]
+            if given.json and ranks.is_first:  # as far as it is known: the next mode may take too long
+                content = {"device": device, "versions": code_version(), "results": results}
+                given.json.write_text(json.dumps(content, indent=1))
         if ranks.is_first:
-            Console().print(table)
-    device = measure_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")).name
-    if given.json and ranks and ranks.is_first:
-        given.json.write_text(json.dumps({"device": device, "versions": code_version(), "results": results}, indent=1))
+            Console().print(table_of(results[-1], ranks))
+
+
+def table_of(result: dict[str, Any], ranks: Ranks) -> Table:
+    title = f"{result['backbone']}, {result['image_size']}², batch {result['batch']}, {ranks.world_size} ranks"
+    table = Table("", "images/s", "ours is", title=title, title_justify="left")
+    for name, rate in result["images_per_second"].items():
+        table.add_row(name, f"{rate:.2f}", f"{result['ours_is_times'][name]:.2f}×")
+    return table
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Triton 3.6's interpreter makes integers of arrays in a way that NumPy 2.5 refuses: 26 tests would say so at length."""
-    versions = [tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")]
+    import numpy
+    import triton
+
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
     if (
         versions[0] < (3, 7)
         and versions[1] >= (2, 5)
         and any(i.get_closest_marker("interpreter") for i in session.items)
     ):
         raise pytest.UsageError(
-            f"Triton {version('triton')}'s interpreter does not work with NumPy {version('numpy')}: install numpy<2.5 or "
+            f"Triton {triton.__version__}'s interpreter does not work with NumPy {numpy.__version__}: install numpy<2.5 or "
             "triton>=3.7, or leave these tests out (-m 'not interpreter'). Only tests interpret kernels"
         )
 

@@ -102,7 +102,8 @@ def deepspeed_config(config: Config, world_size: int, stage: int | None = None) 
         raise ConfigError(problems)
     # By default the throughput timer waits for the device at every forward pass and in every step of either engine: five
     # times a step.
-    settings["timers"] = {"throughput": {"enabled": False}} | settings.get("timers", {})
+    timers = settings.get("timers", {})
+    settings["timers"] = timers | {"throughput": {"enabled": False} | timers.get("throughput", {})}
     if stage is None:
         stage = of_file
     elif stage != of_file:

@@ -17,6 +17,7 @@ from wads_dist.config import Config, EvaluationConfig, recorded_config
 from wads_dist.data import TestImages, evenly, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError
+from wads_dist.layers import use_kernels
 from wads_dist.metrics import BinaryMetrics, Truth, binary_metrics, image_score
 from wads_dist.models import Wads
 from wads_dist.predict import THRESHOLD, WEIGHTS
@@ -116,6 +117,7 @@ def load_model(folder: Path, config: Config, device: torch.device) -> Wads:
         model.load_state_dict(load_file(path))
     except Exception as error:
         raise ModelFileError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
+    use_kernels(model, config.trainer.kernels)
     return model.to(device).eval()
 
 
@@ -185,6 +187,7 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     pixels = {name: values.result(ranks) for name, values in part.pixels.items()}
     metrics = score_report(pixels[MODEL], binary_metrics(scores, anomalous), unmarked(config, dataset, category))
     metrics |= {"mask_rule": config.evaluation.mask_rule, "small_components": sum(ranks.gather(part.small))}
+    metrics["turned_images"] = sum(ranks.gather(part.turned))
     metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
     test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
@@ -209,6 +212,7 @@ class Part:
         self.scores: list[float] = []
         self.anomalous: list[bool] = []
         self.small = 0  # components of the masks that are too small for the rule
+        self.turned = 0  # images that were turned while their masks were not (`TestImages.turned`)
         self.kept: list[tuple[TestImages, Predictions]] = []
 
     @classmethod
@@ -249,6 +253,7 @@ class Part:
         self.scores += image_score(predictions.probability, self.config.score_window).tolist()
         self.anomalous += [defect != "good" for defect in test.defects]
         self.small += sum(test.small)
+        self.turned += len(test.turned)
         self.kept.append((test.rows(keep), predictions.rows(keep)))
 
     def images(self, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -32,13 +32,22 @@ class Networks(Protocol):
 def compile_networks(engines: Sequence[DeepSpeedEngine], mode: str, backend: str = "inductor") -> None:
     """Has each engine compile its network at its first pass, as a whole (a break in the graph is an error).
 
+    The discriminator's compiled backward takes gradients of its weights for L_adv as well, where the eager one stops at X̂.
+
     Raises:
-        ConfigError: at ZeRO-3, whose hooks gather weights between the layers.
+        ConfigError: at ZeRO-3, whose hooks gather weights between the layers; with DeepSpeed's timers, which break a graph; or
+            where the CUDA graphs of several micro-batches would overwrite each other's gradients.
     """
-    if any(engine.zero_optimization_stage() == 3 for engine in engines):
-        raise ConfigError(
-            [f"trainer.compile {mode}: works at the ZeRO stages 0 to 2; take such a file for trainer.deepspeed"]
-        )
+    why = f"trainer.compile {mode}:"
+    for engine in engines:
+        if engine.zero_optimization_stage() == 3:
+            raise ConfigError([f"{why} works at the ZeRO stages 0 to 2; take such a file for trainer.deepspeed"])
+        if engine.wall_clock_breakdown() or engine.tput_timer.config.enabled:
+            raise ConfigError([f"{why} DeepSpeed's file asks for wall_clock_breakdown or timers, which it cannot have"])
+        if mode != "default" and engine.gradient_accumulation_steps() > 1:
+            raise ConfigError(
+                [f"{why} a step must be one micro-batch; take default, or leave trainer.micro_batch_size out"]
+            )
     torch._functorch.config.donated_buffer = False  # the discriminator's graph serves two backward passes
     for engine in engines:
         engine.compile(backend, {"mode": mode, "fullgraph": True, "dynamic": False})
@@ -53,7 +62,7 @@ def why_no_graph(config: Config, device_type: str, world_size: int, stage: int) 
     if world_size > 1:
         return f"{world_size} ranks train together, and what they exchange cannot be captured"
     if stage:
-        return f"its checkpoint has ZeRO-{stage}, which moves gradients itself"
+        return f"it trains at ZeRO-{stage}, which moves gradients itself"
     return None
 
 

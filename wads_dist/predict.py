@@ -33,6 +33,7 @@ from shards.images import load_image, to_rgb, upright
 from shards.names import category_problem, quoted
 from wads_dist.config import DataConfig, EvaluationConfig, ModelConfig
 from wads_dist.errors import ModelFileError, WadsError, is_out_of_memory
+from wads_dist.layers import use_kernels
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
 from wads_dist.tiles import Floats, score_in_tiles
@@ -324,6 +325,7 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
         with torch.device("meta"):
             model = Wads(architecture, data.image_size)
         model.load_state_dict(state, assign=True)
+        use_kernels(model, "torch")  # Triton asks for a compiler, which there need not be where a model is used
         threshold = json.loads(header.get("threshold", "null"))
         check_category(header["category"])
     except Exception as error:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.synthesis import Batch, synthesise
 from shards.textures import procedural_textures
+from wads_dist.checkpoint import zero_stage
 from wads_dist.checkpoint_files import write_text
 from wads_dist.config import Config
 from wads_dist.data import synthesis_settings
@@ -93,7 +94,8 @@ def threads_of(config: Config) -> int:
 def measure(config: Config, ranks: Ranks, steps: int, trace: Path | None = None) -> dict[str, Any]:
     """The accounting of ``steps`` steps of this rank, as a JSON object; with ``trace``, a Chrome trace of two more."""
     clock, on_gpu = PhaseClock(ranks.device), ranks.device.type == "cuda"
-    trainer = Trainer(config, ranks, RandomImages(config, ranks.device), pulse=clock)  # type: ignore[arg-type]
+    stage = zero_stage(None, ranks.world_size)
+    trainer = Trainer(config, ranks, RandomImages(config, ranks.device), pulse=clock, stage=stage)  # type: ignore[arg-type]
     trainer.gs.train()
     trainer.d.train()
     batch = config.trainer.global_batch_size

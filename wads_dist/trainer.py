@@ -167,6 +167,10 @@ class Trainer:
         monitored = with_monitors(settings, config.run.dir, category)
         self.gs = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)
         self.d = engines.initialize(discriminator, engines.adam(discriminator, rate, betas), without_monitors(settings))
+        if ranks.device.type != "cpu" and self.gs.zero_optimization_stage() == 0:
+            # Or cuDNN would copy every weight at every pass. (DeepSpeed would not broadcast such weights, so not before it.)
+            for engine in self.both:
+                engine.module.to(memory_format=torch.channels_last)
         if config.trainer.compile != "off":
             graph.compile_networks(self.both, config.trainer.compile)
         self.ema = engines.ParameterAverage(self.gs.module, config.trainer.ema) if config.trainer.ema else None
@@ -174,10 +178,10 @@ class Trainer:
         self.loss_scale = engines.LossScale.for_precision(self.precision)
         self.progress = Progress()
         self.graph: graph.StepGraph | None = None
-        self.no_graph = graph.why_no_graph(
+        self.why_no_graph = graph.why_no_graph(
             config, ranks.device.type, ranks.world_size, self.gs.zero_optimization_stage()
         )
-        if not self.no_graph:
+        if not self.why_no_graph:
             self.graph = graph.StepGraph(self, self.micro_batch_size, ranks.device)
 
     @property
@@ -200,13 +204,14 @@ class Trainer:
 
     def losses(self, batch: Batch, direct: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Forward passes of all networks: what generator and segmenter minimise, what the discriminator does, and their terms;
-        ``direct``: past DeepSpeed, which then knows nothing of the passes.
+        ``direct``: past DeepSpeed, which then knows nothing of the passes, and without marks.
 
         The discriminator sees X and X̂ once, for both: L_adv's gradient for X̂ is taken from the graph on which L_disc's
         backward then runs (on X̂ detached, both would need a pass of their own over each image). It is not taken if L_adv weighs
         nothing.
         """
-        weights, mark, step = self.config.objective, self.pulse.mark, self.progress.step
+        weights, step = self.config.objective, self.progress.step
+        mark = (Pulse() if direct else self.pulse).mark
         wads, critic = (self.gs.module, self.d.module) if direct else self.both
         x_hat, logits, z, z_hat = wads(batch.clean, batch.anomalous, weights.latent.detach)
         mark("discriminator", step)
@@ -253,12 +258,12 @@ class Trainer:
         return {name: value.detach() for name, value in terms.items()}, gradients
 
     def warm_up(self) -> None:
-        """Compiles, for minutes perhaps, and leaves no trace: a pass of the next samples whose gradients nobody sees, without a
-        mark (no step takes so long). Not collective."""
+        """Compiles, for minutes perhaps, and leaves no trace: a pass of the next samples whose gradients nobody sees, and that
+        sets no mark (no step takes so long). Not collective."""
+        self.gs.train()
+        self.d.train()
         kept = engines.copy_all([torch.empty_like(b) for b in self.buffers()], self.buffers())
-        pulse, self.pulse = self.pulse, Pulse()
         self.micro_batch(self.sample_ids(self.progress.next_sample)[0])
-        self.pulse = pulse
         engines.copy_all(self.buffers(), kept)
 
     def step(self, first: int) -> Losses:

@@ -185,8 +185,8 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     )
     if resumed:
         checkpoint.restore(trainer, resumed, data, events.write)
-    if config.trainer.cuda_graph and ranks.is_first and trainer.no_graph:
-        say(f"{category}: no CUDA graph: {trainer.no_graph}")
+    if config.trainer.cuda_graph and ranks.is_first and trainer.why_no_graph:
+        say(f"{category}: no CUDA graph: {trainer.why_no_graph}")
     if config.trainer.compile != "off":
         if ranks.is_first:
             say(f"{category}: compiling the networks (at a first start for minutes)")

@@ -1,15 +1,15 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import pytest
+import triton
 
 from kernels.compiled import TARGETS, main
 from tests.conftest import REPOSITORY, environment
 
-OLD = version("triton").startswith("3.6.")
+OLD = triton.__version__.startswith("3.6.")
 
 
 @pytest.fixture(scope="module", params=["sm_90 gfx942", pytest.param(" ".join(TARGETS), marks=pytest.mark.long)])

@@ -102,7 +102,7 @@ def test_a_cpu_uses_torchs_own() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "groups"), [((64, 64, 64, 64), 16), ((64, 512, 4, 4), 32), ((16, 48, 33, 31), 4)])
-def test_compiled(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+def test_on_a_gpu_it_is_the_reference(shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
     batch = inputs(shape, dtype, device="cuda")
     compare(batch, groups, 0.25, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype])
     first = run(batch, groups, 0.25)

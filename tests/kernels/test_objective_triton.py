@@ -90,8 +90,6 @@ def test_in_fp64_it_is_the_reference(shape: tuple[int, int, int, int], reading: 
 
 
 @pytest.mark.interpreter
-@pytest.mark.slow
-@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("shape", "schedule"), [((1, 1, 11, 70), {"turn": 2}), ((1, 1, 40, 13), {"turn": 2, "rows": 17})], ids=str
 )
@@ -106,6 +104,8 @@ def test_every_schedule_computes_the_same(
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-15) for a, b in zip(others, gradients, strict=True))
 
 
+@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", READINGS, ids=str)
 def test_gradcheck(reading: dict[str, Any]) -> None:
     x, reconstruction, logits, mask = inputs((1, 1, 11, 12), torch.float64)

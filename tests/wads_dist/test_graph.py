@@ -44,7 +44,12 @@ def test_what_stands_against_a_graph() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [("--data.mode", "streaming"), ("--trainer.precision", "fp16"), ("--trainer.compile", "reduce-overhead")],
+    [
+        ("--trainer.kernels", "torch"),
+        ("--data.mode", "streaming"),
+        ("--trainer.precision", "fp16"),
+        ("--trainer.compile", "reduce-overhead"),
+    ],
 )
 def test_settings_that_a_graph_cannot_have_are_refused(setting: tuple[str, str]) -> None:
     with pytest.raises(ConfigError, match=f"trainer.cuda_graph with {setting[0][2:]} {setting[1]}"):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.synthesis import Batch
 from tests.support.fake_gpu import Layouts
-from wads_dist import checkpoint, graph
+from wads_dist import checkpoint, engines
 from wads_dist.distributed import Ranks
 from wads_dist.record import code_version
 from wads_dist.trainer import Trainer
@@ -68,7 +68,8 @@ def kernels(ranks: Ranks) -> None:
                     name,
                 )
             difference = apart(gradients["auto"], gradients[other])
-            assert difference < 1e-3, (preset, other, difference)
+            # fp32 itself is up to 1e-3 from fp64 here.
+            assert difference < 1e-2, (preset, other, difference)
             print(f"{preset}: gradients differ from {other}'s by {difference:.1e}", flush=True)
 
 
@@ -135,24 +136,31 @@ def layout(ranks: Ranks) -> None:
         print(f"{preset}: {count['convolutions']} convolutions, none in NCHW", flush=True)
 
 
-def same_weights(ranks: Ranks, prepare: str, tolerance: float) -> None:
-    """Three steps of ``prepare``'s trainer and of the eager one."""
+def same_steps(ranks: Ranks, prepare: str, precision: str, tolerance: float) -> None:
+    """Three steps of the trainer as ``prepare`` says beside the eager one's, of which the second is rejected: how far apart
+    their weights and BatchNorm's statistics are, relative to the way that the weights have come."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    options = ["--trainer.precision", precision, "--trainer.deepspeed", "configs/deepspeed/zero0.json"]
+    options += ["--trainer.micro_batch_size", "8" if prepare == "reduce-overhead" else "4"]
+    # As in fewer_launches.py: Adam would make steps of rounding.
+    engines.adam = lambda module, rate, betas: torch.optim.SGD(module.parameters(), 100 * rate)  # type: ignore[assignment]
     states = []
     for changed in (False, True):
-        trainer = small_trainer(ranks, "--trainer.precision", "bf16" if prepare == "graph" else "fp32")
+        setting = ["--trainer.cuda_graph", "true"] if prepare == "graph" else ["--trainer.compile", prepare]
+        trainer = small_trainer(ranks, *options, *(setting if changed else ()), bad=frozenset({9}))
+        start = [p.detach().clone() for p in trainer.parameters()]
         if changed and prepare == "graph":
-            trainer.graph = graph.StepGraph(trainer, IDS, ranks.device)
+            assert trainer.graph, trainer.why_no_graph
         elif changed:
-            graph.compile_networks(trainer.both, prepare)
             trainer.warm_up()
         for step in range(3):
             trainer.step(8 * step)
-        assert not trainer.progress.rejected
-        states.append([p.detach().clone() for p in trainer.parameters()])
-    difference = apart(*states)
+        assert trainer.progress.rejected == 1
+        buffers = [b.float() for b in trainer.buffers()]
+        states.append(([p.detach() - s for p, s in zip(trainer.parameters(), start, strict=True)], buffers))
+    difference = max(apart(*both) for both in zip(*states, strict=True))
     assert difference <= tolerance, difference
-    print(f"{prepare}: weights differ by {difference:.1e}", flush=True)
+    print(f"{prepare}, {precision}: the steps differ by {difference:.1e}", flush=True)
 
 
 def golden(ranks: Ranks) -> None:
@@ -179,9 +187,10 @@ def golden(ranks: Ranks) -> None:
 def main() -> None:
     ranks, case = join(), sys.argv[1]
     if case == "graph":
-        same_weights(ranks, case, 0.0)
+        same_steps(ranks, case, "bf16", 0.0)
     elif case in ("default", "reduce-overhead"):
-        same_weights(ranks, case, 1e-2)
+        for precision, tolerance in (("fp32", 1e-2), ("bf16", 0.2)):
+            same_steps(ranks, case, precision, tolerance)
     else:
         globals()[case](ranks)
     leave()
