@@ -67,6 +67,9 @@ class CategoryPlan:
         # "half": a small component keeps what it covers half as much as the pixel that it covers most.
         resized = self.resize and [self.resize, "area", "half", "upright"]
         content = [VERSION, self.category, self.kind, self.shard_mb, resized, samples]
+        # What is stored anew without `resize` was not turned either; of other categories the digest stays as it was.
+        if not self.resize and any(sample.stored_turned() for sample in self.samples):
+            content.append("upright")
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
     def tasks(self, folder: Path) -> list["ShardTask"]:
@@ -402,11 +405,14 @@ class _Building:
 
     def published(self) -> str | None:
         """ "up to date", or why the category cannot be built, or None where it is to be built."""
-        if not self.final.exists() or self.overwrite is True:
+        if not self.final.exists():
             return None
         with contextlib.suppress(OSError, DataError):
             path = self.final / MANIFEST
-            if parse_manifest(CategoryManifest, path.read_bytes(), str(path)).plan == self.digest:
+            built = parse_manifest(CategoryManifest, path.read_bytes(), str(path))
+            if built.kind != self.plan.kind:
+                return f"{self.final}: holds {built.kind}, which {self.plan.kind} do not replace; choose another --out"
+            if built.plan == self.digest and self.overwrite is not True:
                 return "up to date"
         if self.overwrite:
             return None

@@ -21,7 +21,8 @@ from shards.demo_scene import Flaw, ObjectCategory, Scene, render_object, render
 from shards.errors import DataError
 from shards.images import encode_png
 from shards.manifest import DatasetManifest, Split
-from shards.samples import EncodedSample
+from shards.masks import fit_mask
+from shards.samples import USUAL_SIZE, EncodedSample
 
 DEMO_VERSION = 1  # part of every sample's identity: raise it when the pictures change
 SUPERSAMPLING = 2
@@ -88,14 +89,21 @@ class DemoSample:
     def identity(self) -> list[object]:
         return [DEMO_VERSION, self.category, self.key, self.size, self.seed]
 
+    def stored_turned(self) -> bool:
+        return False
+
     def payload(self, resize: int | None) -> int:
         return 4 * self.size**2
 
     def read(self, resize: int | None = None) -> EncodedSample:
         """Draw and encode; `resize` is for files and not used."""
         image, mask = self.draw()
-        mask_data = None if mask is None else encode_png(mask.astype(np.uint8) * 255)
-        return EncodedSample(encode_png(image), "png", self.size, self.size, mask_data)
+        if mask is None:
+            return EncodedSample(encode_png(image), "png", self.size, self.size, None)
+        small = fit_mask(mask, USUAL_SIZE).small
+        return EncodedSample(
+            encode_png(image), "png", self.size, self.size, encode_png(mask.astype(np.uint8) * 255), small
+        )
 
     def draw(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
         """Image uint8 [size, size, 3] and, for a defect, its mask bool [size, size]."""

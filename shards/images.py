@@ -12,6 +12,8 @@ Choices that decide pixels, made once here:
 
 import io
 import re
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,21 +71,42 @@ def upright(image: Image.Image) -> Image.Image:
     """A decoded image as viewers show it, turned by its EXIF orientation (of a TIFF, Pillow has done it); the tag is gone."""
     image.info.pop(_TURNED, None)  # a file may call a text of its own so
     # Not ImageOps.exif_transpose: it writes the rest of the block anew, which fails for some that cameras write.
+    orientation = _orientation(image)
+    if orientation is None:
+        return image
+    turned = image.transpose(_UPRIGHT[orientation])
+    turned.format = image.format
+    for name in (*_EXIF, *_XMP):
+        turned.info.pop(name, None)
+    turned.info[_TURNED] = orientation
+    return turned
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """What its EXIF block turns an opened image by, if anything."""
     try:
         block = Image.Image()  # of the image itself, Pillow would take XMP's orientation as well
         block.info = {name: image.info[name] for name in _EXIF if name in image.info}
         tag: Any = block.getexif().get(ExifTags.Base.Orientation)
-        method = _UPRIGHT.get(tag)
+        return int(tag) if tag in _UPRIGHT else None
     except Exception:  # Pillow's reader lets many kinds out of a broken block, which is as good as none
-        return image
-    if method is None:
-        return image
-    turned = image.transpose(method)
-    turned.format = image.format
-    for name in (*_EXIF, *_XMP):
-        turned.info.pop(name, None)
-    turned.info[_TURNED] = int(tag)
-    return turned
+        return None
+
+
+def will_be_turned(path: Path, kept: Collection[str] = ()) -> bool:
+    """Whether `upright` will turn the image of a file, unless its format is one of those kept, from its header alone.
+
+    Of a file that is no image it is false: who decodes it says what is wrong."""
+    try:
+        with Image.open(path) as image:
+            if image.format in kept:
+                return False
+            # The block of a PNG may come behind the pixels. Masks are small files; hardly one has to be decoded for it.
+            if image.format == "PNG" and any(mark in path.read_bytes() for mark in (b"eXIf", _EXIF[1].encode())):
+                image.load()
+            return _orientation(image) is not None
+    except Exception:  # as in `load_image`
+        return False
 
 
 def was_turned(image: Image.Image) -> bool:
@@ -94,6 +117,12 @@ def was_turned(image: Image.Image) -> bool:
 def stored_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an upright image before it was turned."""
     return image.size[::-1] if image.info.get(_TURNED, 1) >= 5 else image.size
+
+
+def turned_alone(image: Image.Image, mask: Image.Image) -> bool:
+    """Whether `upright` turned an image and not its mask, and the size that they share is also that before turning: then
+    nothing tells whether the mask was drawn on the image as viewers show it."""
+    return was_turned(image) and not was_turned(mask) and stored_size(image) == image.size
 
 
 def size_difference(mask: Image.Image, image: Image.Image, name: str) -> str | None:

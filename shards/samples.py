@@ -8,7 +8,16 @@ from typing import Protocol
 from PIL import Image
 
 from shards.errors import DataError, DataProblems
-from shards.images import encode_mask, encode_png, load_image, mask_pixels, size_difference, to_rgb, was_turned
+from shards.images import (
+    encode_mask,
+    encode_png,
+    load_image,
+    mask_pixels,
+    size_difference,
+    to_rgb,
+    turned_alone,
+    will_be_turned,
+)
 from shards.manifest import Split
 from shards.masks import ResizedMask, fit_mask
 
@@ -22,7 +31,8 @@ class EncodedSample:
     """What is written of a sample: the members of the tar, and the size of its image in pixels, as viewers show it.
 
     ``small``: how many components of its mask cover no pixel by half at the size it is stored in with `--resize`, else at
-    the `USUAL_SIZE` to be scored in. ``turned_alone``: its image was turned by its EXIF orientation, its mask was not."""
+    the `USUAL_SIZE` to be scored in. ``turned_alone``: its image was turned by its EXIF orientation, its mask was not, and
+    no size tells whether it should have been."""
 
     image: bytes
     extension: str
@@ -48,6 +58,9 @@ class SampleSource(Protocol):
 
     def identity(self) -> list[object]:
         """JSON values that change whenever the sample's content may have changed."""
+
+    def stored_turned(self) -> bool:
+        """Whether a build without `resize` turns pixels that it stores anew: such a tag is not in the shard."""
 
     def payload(self, resize: int | None) -> int:
         """Bytes that it will take at most (an estimate, known before reading), to plan the shards by."""
@@ -79,6 +92,15 @@ class FileSample:
             status = (self.root / name).stat()
             identity += [name, status.st_size, status.st_mtime_ns]
         return identity
+
+    def stored_turned(self) -> bool:
+        # The suffix says of most images that they are kept (PNG), have no tag (BMP) or are turned by Pillow (TIFF, which is
+        # not new). The multi-picture files of phones are called .jpg; by that alone, every category of JPEGs would be
+        # outdated, so the headers of those are read, at 0.1 ms a file. A file of another format than its name is not told.
+        jpeg = Path(self.source).suffix.lower() in (".jpg", ".jpeg")
+        if jpeg and will_be_turned(self.root / self.source, kept=_KEPT):
+            return True
+        return self.mask is not None and will_be_turned(self.root / self.mask)  # a mask is always stored anew
 
     def payload(self, resize: int | None) -> int:
         if resize:
@@ -123,8 +145,8 @@ class FileSample:
             return EncodedSample(data, extension, width, height, None)
         fitted = fit_mask(marked, resize or USUAL_SIZE)
         stored = fitted if resize else ResizedMask(marked, 0)
-        turned_alone = was_turned(image) and not was_turned(mask)
-        return EncodedSample(data, extension, width, height, encode_mask(stored), fitted.small, turned_alone)
+        alone = turned_alone(image, mask)
+        return EncodedSample(data, extension, width, height, encode_mask(stored), fitted.small, alone)
 
     def _load(self, name: str, problems: list[str]) -> tuple[bytes, Image.Image | None]:
         try:

@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.philox import shuffled
 from kernels.synthesis import Batch, SynthesisSettings, synthesise, whole_images
 from shards.errors import DataError
-from shards.images import decode_image, fitted_image, fitted_mask, load_image, size_difference
+from shards.images import decode_image, fitted_image, fitted_mask, load_image, size_difference, turned_alone
 from shards.manifest import SampleEntry, ShardEntry
 from shards.masks import MaskRule, ResizedMask
 from shards.source import Dataset
@@ -86,8 +86,8 @@ def decode_entries(dataset: Dataset, category: str, entries: Sequence[Entry], si
 
 def decode_scored(
     dataset: Dataset, category: str, entry: Entry, size: int, mask_size: int, rule: MaskRule
-) -> "tuple[np.ndarray, ResizedMask | None]":
-    """One image as uint8 [3, size, size], and its mask, if it has one, at mask_size.
+) -> "tuple[np.ndarray, ResizedMask | None, bool]":
+    """One image as uint8 [3, size, size], its mask, if it has one, at mask_size, and whether the image is ``turned_alone``.
 
     Raises:
         DataError: names the shard and the sample.
@@ -99,7 +99,8 @@ def decode_scored(
         for mask in masks:
             if differs := size_difference(mask, image, sample.image.name):
                 raise DataError(f"does not fit its mask: {differs}")
-        return fitted_image(image, size), fitted_mask(masks[0], mask_size, rule) if masks else None
+        truth = fitted_mask(masks[0], mask_size, rule) if masks else None
+        return fitted_image(image, size), truth, any(turned_alone(image, mask) for mask in masks)
     except DataError as error:
         raise DataError(f"{category}/{shard.name}: sample {sample.key} {error}") from error
 
@@ -303,7 +304,9 @@ class TestImages:
 
     ``images`` float32 [M, 3, H, H] in [0, 1]; ``masks`` bool [M, H, H], truth by ``evaluation.mask_rule`` from the stored mask;
     ``has_mask`` says which images count for pixel metrics (a defect without a mask does not); ``defects`` per image;
-    ``small`` per image: how many components of its mask are too small for the rule (by area they are kept, by nearest lost).
+    ``small`` per image: how many components of its mask are too small for the rule (by area they are kept, by nearest lost);
+    ``turned``: the keys of the images that their EXIF orientation turned, while their masks have none and no size tells whether
+    these were drawn on the turned image.
     """
 
     __test__ = False  # not a pytest class
@@ -314,6 +317,7 @@ class TestImages:
     keys: list[str]
     defects: list[str]
     small: list[int]
+    turned: frozenset[str] = frozenset()
 
     @classmethod
     def load(
@@ -328,11 +332,14 @@ class TestImages:
         stored = torch.empty(len(entries), 3, config.store_size, config.store_size, dtype=torch.uint8)
         masks, small = torch.zeros(len(entries), size, size, dtype=torch.bool), [0] * len(entries)
 
-        def decode(entry: Entry) -> "tuple[np.ndarray, ResizedMask | None]":
+        turned: set[str] = set()
+
+        def decode(entry: Entry) -> "tuple[np.ndarray, ResizedMask | None, bool]":
             return decode_scored(dataset, category, entry, config.store_size, size, rule)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for i, (image, mask) in enumerate(pool.map(decode, entries)):
+            for i, (image, mask, alone) in enumerate(pool.map(decode, entries)):
+                turned |= {entries[i][1].key} if alone else set()
                 stored[i] = torch.from_numpy(image)
                 if mask is not None:
                     masks[i], small[i] = torch.from_numpy(mask.pixels), mask.small
@@ -343,6 +350,7 @@ class TestImages:
             keys=[sample.key for _, sample in entries],
             defects=[sample.defect for _, sample in entries],
             small=small,
+            turned=frozenset(turned),
         )
 
     def rows(self, chosen: Sequence[int]) -> "TestImages":
@@ -355,6 +363,7 @@ class TestImages:
             [self.keys[i] for i in index],
             [self.defects[i] for i in index],
             [self.small[i] for i in index],
+            self.turned & {self.keys[i] for i in index},
         )
 
     @classmethod
@@ -367,4 +376,5 @@ class TestImages:
             keys=[value for part in parts for value in part.keys],
             defects=[value for part in parts for value in part.defects],
             small=[value for part in parts for value in part.small],
+            turned=frozenset(value for part in parts for value in part.turned),
         )

@@ -1,5 +1,6 @@
 """Promises of the builder: equal bytes, original bytes, resuming after a kill, and what WebDataset reads."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from shards import DataProblems, Dataset, build, decode_image, decode_mask, verify
+from shards import DataProblems, Dataset, build, build_textures, decode_image, decode_mask, verify
 from shards.build import CategoryPlan, Overwrite
 from shards.images import fitted_image, fitted_mask, load_image, mask_pixels
 from shards.manifest import VERSION
 from shards.masks import fit_mask
+from shards.samples import FileSample
 from tests.shards.conftest import make_category, picture, save, square_mask
 
 CHECKOUT = Path(__file__).parents[2]
@@ -252,19 +254,71 @@ def test_up_to_date_is_skipped_and_other_input_refused(root: Path, tmp_path: Pat
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "nut"]
 
 
-@pytest.mark.parametrize(("overwrite", "anew"), [(True, True), ("outdated", False), (False, False)])
-def test_overwriting_is_for_what_is_up_to_date_too(tmp_path: Path, overwrite: Overwrite, anew: bool) -> None:
-    """What was built unturned by an earlier version, from input that is the same, is mended so; a run does not do it at
-    each start."""
+@pytest.mark.parametrize("overwrite", [True, "outdated", False])
+def test_what_was_stored_unturned_is_not_up_to_date(tmp_path: Path, overwrite: Overwrite) -> None:
+    """A run mends what an earlier version built of such input by itself."""
     folder, out = make_category(tmp_path / "nut"), tmp_path / "out"
     phone = {"format": "MPO", "save_all": True, "append_images": [picture(6, (33, 17))]}  # which is stored as PNG
     picture(5, (33, 17)).save(folder / "train/good/zz.jpg", exif=orientation_tag(6), **phone)
     with pytest.MonkeyPatch.context() as before:
         before.setattr("shards.images.upright", lambda image: image)
+        before.setattr("shards.samples.FileSample.stored_turned", lambda sample: False)
         build(folder, out, workers=1, progress=False)
-    build(folder, out, workers=1, overwrite=overwrite, progress=False)
+    with contextlib.nullcontext() if overwrite else pytest.raises(DataProblems, match="other input or options"):
+        build(folder, out, workers=1, overwrite=overwrite, progress=False)
     sample = Dataset.open(out).manifest("nut").samples("train")[-1][1]
-    assert (sample.width, sample.height) == ((17, 33) if anew else (33, 17))
+    assert (sample.width, sample.height) == ((17, 33) if overwrite else (33, 17))
+
+
+@pytest.mark.parametrize(("overwrite", "anew"), [(True, True), ("outdated", False), (False, False)])
+def test_overwriting_is_for_what_is_up_to_date_too(tmp_path: Path, overwrite: Overwrite, anew: bool) -> None:
+    """Such as after a change of how images are read; a run does not do it at each start."""
+    folder, out = make_category(tmp_path / "nut"), tmp_path / "out"
+    build(folder, out, workers=1, progress=False)
+    before = (out / "nut").stat().st_ino
+    build(folder, out, workers=1, overwrite=overwrite, progress=False)
+    assert ((out / "nut").stat().st_ino != before) == anew
+
+
+@pytest.mark.parametrize("overwrite", [False, "outdated", True])
+def test_a_texture_bank_does_not_replace_a_category_of_its_name(tmp_path: Path, overwrite: Overwrite) -> None:
+    folder, out = make_category(tmp_path / "textures"), tmp_path / "out"
+    build(folder, out, workers=1, progress=False)
+    with pytest.raises(DataProblems, match="holds images, which textures do not replace"):
+        build_textures(folder / "train", out, workers=1, overwrite=overwrite, progress=False)
+    assert Dataset.open(out).manifest("textures").kind == "images"
+
+
+def late_tag(png: bytes) -> bytes:
+    """A PNG whose EXIF block comes behind its pixels, as some tools write it."""
+    start = png.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    trailer = png.index(b"IEND") - 4
+    return png[:start] + png[end:trailer] + png[start:end] + png[trailer:]
+
+
+def test_only_what_is_stored_anew_and_turned_is_to_be_built_again(tmp_path: Path) -> None:
+    """The plan of any other category stays what it was, so that nothing else is built again."""
+    phone = {"format": "MPO", "save_all": True, "append_images": [picture(6)]}
+    masked = {"key": "zz", "split": "test", "defect": "scratch", "root": tmp_path}
+    picture(5).save(tmp_path / "phone.jpg", exif=orientation_tag(3), **phone)
+    picture(5).save(tmp_path / "upright.jpg", exif=orientation_tag(1), **phone)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    save(picture(5), tmp_path / "plain.bmp")
+    for kind in ("jpg", "png", "tiff"):
+        save_tagged(square_mask(), tmp_path / f"tagged.{kind}", 3)
+    (tmp_path / "late.png").write_bytes(late_tag((tmp_path / "tagged.png").read_bytes()))
+    for image, mask, anew in (
+        ("phone.jpg", None, True),
+        *((f"{name}", None, False) for name in ("upright.jpg", "broken.jpg", "plain.bmp")),
+        *((f"tagged.{kind}", None, False) for kind in ("jpg", "png", "tiff")),  # kept, or turned by Pillow ever since
+        *(("plain.bmp", name, True) for name in ("tagged.jpg", "tagged.png", "late.png", "phone.jpg")),
+        *(("plain.bmp", name, False) for name in ("tagged.tiff", "plain.bmp")),
+    ):
+        sample = FileSample(source=image, mask=mask, **masked)
+        content = [VERSION, "nut", "images", 64, None, [sample.identity()]]
+        before = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+        assert (CategoryPlan("nut", "images", [sample]).digest() != before) == anew, (image, mask)
 
 
 def test_the_command_overwrites_what_is_up_to_date(root: Path, tmp_path: Path) -> None:

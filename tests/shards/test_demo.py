@@ -8,6 +8,9 @@ import pytest
 from shards import DEMO_CATEGORIES, DataError, Dataset, decode_image, decode_mask, demo, procedural_textures, verify
 from shards.demo import AREA, VISIBLE, DemoSample
 from shards.demo_catalogue import CATALOGUE
+from shards.images import load_image, mask_pixels
+from shards.masks import fit_mask
+from shards.samples import USUAL_SIZE
 
 TINY = {"size": 64, "train": 3, "good": 2, "per_defect": 1, "progress": False}
 
@@ -44,6 +47,12 @@ def test_masks_are_the_visible_change(name: str) -> None:
         assert mask is not None and AREA[0] <= mask.mean() <= AREA[1]
         change = np.abs(image.astype(int) - sample.clean()).max(axis=2)
         assert (change[mask] > VISIBLE).all() and (change[~mask] <= VISIBLE).all()
+
+
+def test_components_that_cover_no_pixel_by_half_are_counted_as_in_a_build() -> None:
+    sample = DemoSample("demo_mosaic", "test", "slipped", 0, 256, 0).read()
+    assert sample.mask is not None
+    assert sample.small == fit_mask(mask_pixels(load_image(sample.mask)), USUAL_SIZE).small > 0
 
 
 @pytest.mark.parametrize("name", DEMO_CATEGORIES)

@@ -1,6 +1,7 @@
 """Fault row 11: every way a shard goes bad is named, never silently accepted or read in part."""
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ import pytest
 from PIL import ExifTags, Image
 
 from shards import DataError, Dataset, ShardEntry, build, verify
+from shards.__main__ import main
 from shards.errors import DataProblems
 from shards.files import sha256_file
 from shards.manifest import CategoryManifest, write_dataset_manifest
-from shards.verify import open_category
-from tests.shards.conftest import make_category, picture
+from shards.verify import Findings, examine, open_category
+from tests.shards.conftest import make_category, picture, square_mask
 
 SHARD = "nut/test-000000.tar"
 
@@ -37,6 +39,39 @@ def test_sizes_of_before_the_orientation_was_obeyed_are_well(tmp_path: Path, mon
             build(folder, tmp_path / out, workers=1, progress=False)
         sample = Dataset.open(tmp_path / out).manifest("nut").samples("train")[-1][1]
         assert (sample.width, sample.height) == size and verify(tmp_path / out) == []
+
+
+def test_images_turned_without_their_masks_are_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of image and mask with a tag, an earlier build stored the mask without it: it no longer lies on the defect."""
+    folder = make_category(tmp_path / "nut")
+    exif = Image.Exif()
+    for name, orientation in (("a", 1), ("b", 3), ("c", 2)):
+        exif[ExifTags.Base.Orientation] = orientation
+        picture(5).save(folder / f"test/scratch/{name}.jpg", exif=exif)
+        square_mask().save(folder / f"ground_truth/scratch/{name}_mask.png", exif=exif)
+    with monkeypatch.context() as then:
+        then.setattr("shards.images.upright", lambda image: image)
+        build(folder, tmp_path / "out", workers=1, progress=False)
+    found = examine(tmp_path / "out")
+    assert found.problems == [] and len(found.notes) == 1
+    assert found.notes[0].startswith("nut: 2 images (the first: test/scratch/b) are turned by their EXIF orientation")
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == f"note: {found.notes[0]}\n" and shown.out.endswith("all well\n")
+    assert main(["verify", "--json", str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out) == [f"note: {found.notes[0]}"]
+
+
+def test_a_mask_whose_size_tells_that_it_fits_is_no_note(tmp_path: Path) -> None:
+    folder = make_category(tmp_path / "nut")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(5, (33, 17)).save(folder / "test/scratch/zz.jpg", exif=exif)
+    square_mask((17, 33)).save(folder / "ground_truth/scratch/zz_mask.png")
+    build(folder, tmp_path / "out", workers=1, progress=False)
+    assert examine(tmp_path / "out") == Findings([], [])
 
 
 def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from shards.build import build
 from shards.errors import DataError
 from shards.source import Dataset
-from shards.verify import verify
+from shards.verify import examine, verify
 from wads_dist.config import Config, DataConfig, load_config
 from wads_dist.data import (
     TestImages,
@@ -24,9 +24,11 @@ from wads_dist.data import (
     texture_bank,
 )
 from wads_dist.distributed import Ranks
+from wads_dist.evaluate import evaluate
 from wads_dist.metrics import map_metrics
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, CPU)
 
 
 def config(*overrides: str) -> Config:
@@ -189,11 +191,19 @@ def test_thin_defects_are_in_the_truth(tmp_path: Path) -> None:
     assert nearest.small == [1, 1, 1, 1, 0, 0]
 
 
+class Brightness:
+    """Stands in for the network: the probability is the image's red."""
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x, x[:, 0].contiguous(), torch.zeros(len(x), 4)
+
+
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_shards_of_before_the_orientation_was_obeyed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int
 ) -> None:
-    """They are read upright, too; a mask that then does not fit its image is named, however the data set is opened."""
+    """They are read upright, too. A mask that then does not fit its image is named, however the data set is opened; where no
+    size tells, it is counted: had its file the tag as well, it was stored without."""
     with monkeypatch.context() as before:
         before.setattr("shards.images.upright", lambda image: image)
         dataset = defects(tmp_path, [Image.new("RGB", (60, 40))], [Image.new("L", (60, 40), 255)], orientation)
@@ -201,7 +211,13 @@ def test_shards_of_before_the_orientation_was_obeyed(
     assert sizes == [(60, 40)] * 3
     if orientation == 3:
         assert verify(tmp_path / "out") == []
-        assert TestImages.load(dataset, "cat", DataConfig(image_size=64), slice(None)).masks[0].all()
+        test = TestImages.load(dataset, "cat", DataConfig(image_size=64), slice(None))
+        assert test.masks[0].all() and test.turned == {"test/bad/0"}
+        assert test.rows([0]).turned == {"test/bad/0"} and not test.rows([1]).turned
+        assert TestImages.join([test.rows([1]), test.rows([0])]).turned == {"test/bad/0"}
+        assert evaluate(Brightness(), config(), dataset, "cat", ALONE).metrics["turned_images"] == 1  # type: ignore[arg-type]
+        (note,) = examine(tmp_path / "out").notes
+        assert note.startswith("cat: 1 images (the first: test/bad/0) are turned")
         return
     named = (
         r"mask is 60×40 but its image test/bad/0\.jpg is 40×60, turned as their EXIF orientation says \(image by 6\)"
