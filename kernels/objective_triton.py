@@ -646,13 +646,15 @@ def _on(device: torch.device) -> Any:
 
 
 def compile_specs() -> list[KernelSpec]:
-    """The variants that training uses, for the report of ``compiled.py``."""
+    """The variants that training uses, for the report of ``compiled.py``: types, layouts, rows a turn, readings of the KL."""
     specs = []
     variants = (
-        ("fp32", "fp32", "contiguous", 1), ("fp32", "fp32", "channels_last", 1), ("bf16", "bf16", "channels_last", 1),
-        ("fp32", "bf16", "channels_last", 1), ("bf16", "bf16", "channels_last", 2),
+        ("fp32", "fp32", "contiguous", 1, ""), ("fp32", "fp32", "channels_last", 1, ""),
+        ("bf16", "bf16", "channels_last", 1, ""), ("fp32", "bf16", "channels_last", 1, ""),
+        ("bf16", "bf16", "channels_last", 2, ""), ("bf16", "bf16", "channels_last", 1, "PIXEL_KL"),
+        ("bf16", "bf16", "channels_last", 1, "REVERSE_KL"),
     )  # fmt: skip
-    for of_x, kind, layout, turn in variants:
+    for of_x, kind, layout, turn, reading in variants:
         kinds = {"x": f"*{of_x}", "y": f"*{kind}", "dy": f"*{kind}", "logits": f"*{kind}", "mask": "*u8"}
         kinds |= {name: "*fp32" for name in ("scratch", "tile_partials", "block_partials")}
         kinds |= {name: "i32:16" for name in ("height", "width")}
@@ -661,6 +663,7 @@ def compile_specs() -> list[KernelSpec]:
         }
         kinds |= {name: "fp32" for name in ("reconstruction_weight", "ssim_weight", "l2_weight", "gamma")}
         constants = {"GRADIENT": True, "PIXEL_KL": False, "REVERSE_KL": False, "REAL": tl.float32, "LANES": WARP_SIZE}
+        constants |= {reading: True} if reading else {}
         constants |= {"BLOCK": MASK_BLOCK, "STEP": MASK_STEP, "TURN": turn}
         # As Triton specialises the strides of 3×128×128: one is a constant, multiples of 16 are known to be that.
         for tensor in ("sx", "sy", "sg"):
@@ -668,6 +671,7 @@ def compile_specs() -> list[KernelSpec]:
             kinds |= {f"{tensor}_{axis}": "i32" if axis == odd else "i32:16" for axis in "nchw" if axis != unit}
             constants[f"{tensor}_{unit}"] = 1
         name = f"objective_forward {kind if of_x == kind else f'{of_x}/{kind}'} {layout}" + ", two rows" * (turn == 2)
+        name += f", {reading.lower().replace('_kl', ' KL')}" if reading else ""
         lanes = 32 if turn == 2 else None
         specs.append(KernelSpec(name, objective_forward_kernel, kinds, constants, num_warps=1, lanes=lanes))
 
