@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.addresses import public
+from shards.names import printable
 from wads_dist.config import Config
 from wads_dist.errors import ExitCode, WadsError, exit_code
 from wads_dist.groups import Place
@@ -122,7 +124,7 @@ class Station(threading.Thread):
             except BaseException as error:
                 if lease:
                     asked = self.stop.requested or self.group.launch.abandoned.is_set()
-                    lease.end(ExitCode.PREEMPTED if asked else exit_code(error), str(error))
+                    lease.end(ExitCode.PREEMPTED if asked else exit_code(error), printable(public(str(error))))
                 raise
             finally:
                 self.group.while_waiting = lambda: None

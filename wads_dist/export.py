@@ -30,6 +30,7 @@ from kernels.synthesis import whole_images
 from shards.addresses import public
 from shards.errors import DataError
 from shards.files import sha256_file, write_atomically
+from shards.names import within
 from wads_dist.entry import REPOSITORY
 from wads_dist.errors import ExitCode, ModelFileError, WadsError
 from wads_dist.metrics import image_score
@@ -216,7 +217,8 @@ def export_command(
     folder: Path, out: Path | None, formats: Sequence[str], images: Path | None, tolerance: float, as_json: bool
 ) -> int:
     """Exports, prints the parity, and returns the exit code."""
-    out = out or (folder if folder.is_dir() else folder.parent) / "export"
+    # Of a run's own folder a link must not lead out; one that a person names may be where they like.
+    out = out or within(folder if folder.is_dir() else folder.parent, "export")
     try:
         content = export(folder, out, formats, images, tolerance)
     except OSError as error:

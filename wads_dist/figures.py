@@ -57,7 +57,7 @@ def save_samples(path: Path, category: str, evaluation: Evaluation, count: int =
             axis.imshow(picture, cmap="gray" if picture is truth else "inferno", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
-        axis_row[0].set_ylabel(test.defects[i], fontsize=8)
+        axis_row[0].set_ylabel(test.defects[i], fontsize=8, parse_math=False)  # a name may hold $
         axis_row[3].set_xlabel(f"max {top[i]:.2f}", fontsize=7)
     for axis, name in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(name, fontsize=9)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from shards.errors import DataError
 from shards.layout import IMAGE_SUFFIXES
+from shards.names import printable
 from wads_dist.errors import ExitCode, WadsError
 from wads_dist.predict import Detector, Result, read_image, stored_image
 
@@ -181,7 +182,7 @@ def predict_files(
                 progress.advance(bar)
                 if row["problem"]:
                     prediction.skipped[row["path"]] = row["problem"]
-                    told = f"skipped {row['path']}: {row['problem']}".encode("utf-8", "replace").decode()
+                    told = printable(f"skipped {row['path']}: {row['problem']}").encode("utf-8", "replace").decode()
                     console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
                 else:
                     prediction.images += 1

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import DataError
-from shards.names import RESERVED, text_problem, within
+from shards.names import RESERVED, category_problem, within
 from wads_dist.checkpoint import write_text
 from wads_dist.config import Config, ConfigError, config_difference, recorded_config
 from wads_dist.deepspeed_config import read_settings
@@ -152,7 +152,9 @@ def record_summary(folder: Path, outcome: Outcome, categories: list[str], *, ove
 
     A launcher's exit code cannot be trusted (DeepSpeed's exits 0 after its inner process was killed); ``complete`` can.
     """
-    begun = sorted(path.name for path in (folder / QUEUE).glob("*") if path.is_dir() and not text_problem(path.name))
+    begun = sorted(
+        path.name for path in (folder / QUEUE).glob("*") if path.is_dir() and not category_problem(path.name)
+    )
     failed = {}
     for name in dict.fromkeys([*categories, *begun]):
         attempts = attempts_of(folder, name)
@@ -173,7 +175,7 @@ def record_summary(folder: Path, outcome: Outcome, categories: list[str], *, ove
 
 def summarise(run: Path, failed: dict[str, int]) -> dict[str, Any]:
     """``metrics.json`` of every category the run has finished so far, by whichever command, and their mean."""
-    paths = sorted(path for path in run.glob(f"*/{METRICS}") if not text_problem(path.parent.name))
+    paths = sorted(path for path in run.glob(f"*/{METRICS}") if not category_problem(path.parent.name))
     categories = {path.parent.name: json.loads(path.read_text()) for path in paths}
     return {"categories": categories, "mean": mean_of(list(categories.values())), "failed": failed}
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from shards.build import build
 from shards.errors import DataError, DataProblems
-from shards.names import text_problem
+from shards.names import text_problem, within
 from shards.source import Dataset
 from wads_dist.categories import LOG, Plan, work
 from wads_dist.checkpoint import write_text
@@ -240,7 +240,7 @@ def locate_shards(config: Config) -> str:
     assert root is not None
     if not root.is_dir():
         raise DataError(f"data.root {root}: no such folder; give the folder that holds the images")
-    out = built_location(config)
+    out = within(config.data.cache, *built_location(config).relative_to(config.data.cache).parts)
     wanted = None if config.data.categories == ["all"] else config.data.categories
     build(root, out, wanted, overwrite="outdated", progress=sys.stderr.isatty())
     return str(out)

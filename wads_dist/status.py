@@ -23,7 +23,7 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
-from shards.names import text_problem
+from shards.names import category_problem
 from wads_dist.leases import METRICS, QUEUE, Attempt, attempts_of
 
 State = Literal["running", "waiting", "failed", "stopped", "lost", "done"]
@@ -238,7 +238,7 @@ class RunReader:
         return [
             name
             for name in [*names, *sorted({str(name) for name in traces} - {*map(str, names)})]
-            if isinstance(name, str) and not text_problem(name)
+            if isinstance(name, str) and not category_problem(name)
         ]
 
     def _category(self, name: str, failed: int | None, now: float, lost_after: float) -> CategoryStatus:

@@ -10,7 +10,7 @@ import pytest
 
 import shards.source
 from shards import DataError, Dataset, build
-from shards.manifest import SampleEntry, ShardEntry
+from shards.manifest import CategoryManifest, CategorySummary, SampleEntry, ShardEntry, dataset_fingerprint
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset's opener needs curl")
 
@@ -203,3 +203,25 @@ def test_an_edited_manifest_is_refused(root: Path, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"defect": "scratch"', '"defect": "good"'))
     with pytest.raises(DataError, match=r"fingerprint .* does not match its content"):
         Dataset.open(tmp_path / "out").manifest("nut")
+
+
+def test_the_fingerprint_of_shards_already_built_stays_what_it_is() -> None:
+    """Runs and checkpoints name it: a field more in a manifest, or another order, would make other data of the same."""
+    shards_of = {
+        "train-000000.tar": [{"key": "train/good/000", "split": "train", "defect": "good", "mask": None}],
+        "test-000000.tar": [{"key": "test/Kratzer ü/000", "split": "test", "defect": "Kratzer ü"}],
+    }
+    for samples in shards_of.values():
+        for sample in samples:
+            key = sample["key"]
+            sample |= {"width": 640, "height": 480, "image": {"name": f"{key}.png", "offset": 512, "size": 1000}}
+            sample.setdefault("mask", {"name": f"{key}.mask.png", "offset": 2048, "size": 90})
+    sums = zip(shards_of.items(), ("a", "b"), (10240, 20480), strict=True)
+    entries = [
+        ShardEntry.model_validate({"name": name, "sha256": 64 * digit, "bytes": size, "samples": samples})
+        for (name, samples), digit, size in sums
+    ]
+    manifest = CategoryManifest.of("nut", "images", entries, "c" * 64)
+    assert manifest.fingerprint == "0460bc9a96b08f248cbaf290bf51dfc159bdf42bc3cd3ef4ffe3fe0243a25b59"
+    whole = dataset_fingerprint({"nut": CategorySummary.of(manifest)})
+    assert whole == "109f4c6bde9f34ce717e8c1c65beebaf32b2089680427561d26d60ad19ae812d"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from wads_dist.data import TestImages
 from wads_dist.evaluate import Evaluation
-from wads_dist.figures import TILE, ranked, save_examples
+from wads_dist.figures import TILE, ranked, save_examples, save_samples
 from wads_dist.scoring import Predictions
 from wads_dist.thresholds import Threshold
 
@@ -51,6 +51,14 @@ def test_nothing_is_chosen_twice_and_the_extremes_come_first(count: int, each: i
 
 def test_the_median_is_in_the_middle() -> None:
     assert ranked(range(9), 1)["median"] == [4] and ranked(range(10), 2)["median"] == [4, 5]
+
+
+def test_a_defects_name_is_no_formula(tmp_path: Path) -> None:
+    """It comes from whoever made the data; as one of matplotlib's formulas, "$x^$" ended every category that had it."""
+    of = evaluation(["$x^$", "good"])
+    of.metrics["pixel_auroc"] = None
+    save_samples(tmp_path / "samples.png", "nut", of)
+    assert (tmp_path / "samples.png").is_file()
 
 
 def test_defects_are_ranked_by_their_precision(tmp_path: Path) -> None:
