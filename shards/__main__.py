@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from shards.addresses import public
+from shards.addresses import looks_like_address, public, without_addresses
 from shards.build import build, build_textures
 from shards.demo import demo
 from shards.demo_catalogue import DEMO_CATEGORIES
@@ -18,7 +18,7 @@ from shards.errors import DataError, DataProblems
 from shards.manifest import DatasetManifest
 from shards.names import printable
 from shards.source import Dataset
-from shards.verify import verify
+from shards.verify import examine
 
 PROBLEMS = 3
 INTERRUPTED = 130
@@ -31,7 +31,7 @@ def _shown(text: object) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(_shown(message))
+        super().error(_shown(without_addresses(message)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,11 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="build shards from image folders, or a texture bank")
-    command.add_argument("--root", type=Path, help="data set in the MVTec AD or good/bad layout, or one category of it")
     command.add_argument(
-        "--textures", type=Path, metavar="DIR", help="folder of textures (such as DTD) to make a bank of"
+        "--root", type=_folder, help="data set in the MVTec AD or good/bad layout, or one category of it"
     )
-    command.add_argument("--category", action="append", metavar="NAME", help="build this one only; may be repeated")
+    command.add_argument(
+        "--textures", type=_folder, metavar="DIR", help="folder of textures (such as DTD) to make a bank of"
+    )
+    command.add_argument(
+        "--category", action="append", type=_name, metavar="NAME", help="build this one only; may be repeated"
+    )
     _common(command)
     command.add_argument(
         "--shard-mb", type=_positive, default=64, metavar="N", help="MiB per shard (default %(default)s)"
@@ -65,14 +69,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="another seed gives other images (default %(default)s)")
 
     command = commands.add_parser("verify", help="check every shard and sample of a built data set")
-    _location(command, "print the problems as a JSON list")
+    _location(command, "print the problems, and notes as 'note: …', as a JSON list")
     command = commands.add_parser("describe", help="say what a built data set holds")
     _location(command, "print the manifests as JSON")
     return parser
 
 
 def _common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=Path, required=True, help="folder for the shards; what it holds already stays")
+    command.add_argument(
+        "--out", type=_folder, required=True, help="folder for the shards; what it holds already stays"
+    )
     command.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per CPU core)")
     command.add_argument("--overwrite", action="store_true", help="build anew what is there, also what is up to date")
 
@@ -80,6 +86,20 @@ def _common(command: argparse.ArgumentParser) -> None:
 def _location(command: argparse.ArgumentParser, json_help: str) -> None:
     command.add_argument("location", metavar="DIR", help="folder, http(s):// or s3:// address of a built data set")
     command.add_argument("--json", action="store_true", help=json_help)
+
+
+def _folder(text: str) -> Path:
+    return Path(_no_address(text, "a folder"))
+
+
+def _name(text: str) -> str:
+    return _no_address(text, "a name")
+
+
+def _no_address(text: str, needed: str) -> str:
+    if looks_like_address(text):
+        raise argparse.ArgumentTypeError(f"{needed} is needed, not {without_addresses(text)}")
+    return text
 
 
 def _positive(text: str) -> int:
@@ -130,13 +150,17 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         _describe(Dataset.open(arguments.location), arguments.json)
         return 0
     if arguments.command == "verify":
-        problems = verify(arguments.location)
+        found = examine(arguments.location)
+        notes = [f"note: {note}" for note in found.notes]
         if arguments.json:
-            print(json.dumps([_shown(problem) for problem in problems], indent=1, ensure_ascii=False))
-        elif not problems:
-            print(_shown(f"{arguments.location}: all well"))
-        if problems:
-            raise DataProblems(problems)
+            print(json.dumps([_shown(text) for text in found.problems + notes], indent=1, ensure_ascii=False))
+        else:
+            for note in notes:
+                print(_shown(note), file=sys.stderr)
+            if not found.problems:
+                print(_shown(f"{arguments.location}: all well"))
+        if found.problems:
+            raise DataProblems(found.problems)
         return 0
     if arguments.command == "demo":
         manifest = demo(

@@ -42,6 +42,7 @@ _WHOLE = re.compile(
 _NEARLY = re.compile(
     r"(?:.*::)?(?P<one>[a-z][a-z0-9+.-]+):/(?!/)|.*::[a-z][a-z0-9+.-]+://|file://[^/]*@", re.IGNORECASE | re.DOTALL
 )
+_ANYWHERE = re.compile(r"[\"'\[(]{0,3}([a-z][a-z0-9+.-]{1,30}:/+).*", re.IGNORECASE | re.DOTALL)
 _OTHERS = "give credentials of {} by the environment or the files of its own tools (for s3: AWS's)"
 _UNSAFE = {" ": "a space", '"': "a quotation mark", "<": "an angle bracket", ">": "an angle bracket"}
 
@@ -52,6 +53,12 @@ def public(text: str) -> str:
     return _IN_TEXT.sub(lambda found: found["scheme"] + found["path"], text)
 
 
+def without_addresses(text: str) -> str:
+    """`text` up to the first address in it, of which only the scheme is left. Errors show with it what somebody has typed where
+    no address belongs: `public` cannot tell where one ends whose password or token holds a space or a quotation mark."""
+    return _ANYWHERE.sub(r"\1… (an address)", text)
+
+
 def is_remote(location: str) -> bool:
     """Whether a location is an address, and no folder."""
     return _parts(location) is not None
@@ -59,15 +66,17 @@ def is_remote(location: str) -> bool:
 
 def looks_like_address(location: str) -> bool:
     """Whether a location is an address, or is nearly one and no folder that anybody has."""
+    location = location.strip()
     return is_remote(location) or bool(re.match(r"file://|" + _NEARLY.pattern, location, _NEARLY.flags))
 
 
 def address_problem(location: str) -> str | None:
     """Why a location cannot be used; says nothing of what may be a secret."""
-    parts = _parts(location)
+    stripped = location.strip()  # or an address behind a space would be taken for a folder, whose name errors show
+    parts = _parts(stripped)
     if "\0" in location:
         return "a location holds a zero byte; leave it out"
-    if nearly := _NEARLY.match(location):
+    if nearly := _NEARLY.match(stripped):
         if nearly["one"]:
             return (
                 f"{nearly['one']}:/…: neither a folder nor an address, which has two slashes; write {nearly['one']}://…"

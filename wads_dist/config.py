@@ -21,7 +21,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from kernels.backend import Backend
@@ -33,6 +42,7 @@ from shards.addresses import (
     public,
     take_credentials,
     with_credentials,
+    without_addresses,
 )
 from shards.names import category_problem, printable, quoted
 
@@ -57,6 +67,21 @@ Pair = Annotated[tuple[float, float], BeforeValidator(_split_commas)]
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
+def _local(needed: str) -> AfterValidator:
+    """Refuses an address, which would become a folder's name and stand in the run's record."""
+
+    def check(path: Path) -> Path:
+        if looks_like_address(str(path)):
+            raise ValueError(f"is an address, and {needed} is needed")
+        return path
+
+    return AfterValidator(check)
+
+
+Folder = Annotated[Path, _local("a folder")]
+File = Annotated[Path, _local("a file")]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -64,7 +89,7 @@ class _Section(BaseModel):
 class RunConfig(_Section):
     """Where the record of a run is kept."""
 
-    dir: Path = Field(Path("runs/default"), description="folder of the run: configuration, checkpoints, metrics")
+    dir: Folder = Field(Path("runs/default"), description="folder of the run: configuration, checkpoints, metrics")
 
 
 class DataConfig(_Section):
@@ -81,7 +106,7 @@ class DataConfig(_Section):
         "(http(s) alone) are used and never recorded; better are ~/.netrc and, in the environment, WADS_CREDENTIALS",
     )
     categories: Names = Field(["all"], description='categories to train, separated by commas, or "all"')
-    cache: Path = Field(
+    cache: Folder = Field(
         Path("~/.cache/wads-dist"), description="local folder for shards that were built from data.root or downloaded"
     )
     textures: str | None = Field(
@@ -124,6 +149,8 @@ class DataConfig(_Section):
             raise ValueError('give category names separated by commas, or "all"')
         if len(names) > 1 and "all" in names:
             raise ValueError('"all" cannot be mixed with names')
+        if any(without_addresses(name) != name for name in names):
+            raise ValueError("holds an address, and names are needed")
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"given more than once: {', '.join(repeated)}")
@@ -322,14 +349,14 @@ class TrainerConfig(_Section):
     )
     gradient_clipping: float = Field(0.0, ge=0, description="largest norm of the gradients of an optimiser (0: off)")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random draw")
-    deepspeed: Path = Field(
+    deepspeed: File = Field(
         Path("configs/deepspeed/zero1.json"),
         description="DeepSpeed's JSON file, looked for in the working folder, then in the repository",
     )
     kernels: Backend = Field(
         "auto",
-        description="what computes synthesis and objective. auto: Triton on a GPU, compiled C++ on a CPU (PyTorch where there "
-        "is no compiler); torch: the PyTorch reference anywhere",
+        description="what computes synthesis, objective and (on a GPU) GroupNorm. auto: Triton on a GPU, compiled C++ on a CPU "
+        "(PyTorch where there is no compiler); torch: the PyTorch reference anywhere",
     )
     compile: Literal["off", "default", "reduce-overhead"] = Field(
         "off",
@@ -490,8 +517,8 @@ class Config(_Section):
     preset: Literal["wads", "paper_literal", "wads_plus"] = Field(
         "wads",
         description="starting values: wads is our reading of the paper; paper_literal has every value as printed, "
-        "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on, and not on "
-        "other (docs/recipe.md)",
+        "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on; on "
+        "other data, try both (docs/recipe.md)",
     )
     run: RunConfig = Field(RunConfig(), description="the run's folder")
     data: DataConfig = Field(DataConfig(), description="images")
@@ -606,9 +633,8 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
             if layer.get(mine) is not None and other not in layer:
                 merged.pop(other, None)
         for section in sections & layer.keys():
-            problems.append(
-                f"{section}: is a section, set with --{section}.FIELD VALUE; got {layer[section]!r} ({source})"
-            )
+            got = without_addresses(repr(layer[section]))
+            problems.append(f"{section}: is a section, set with --{section}.FIELD VALUE; got {got} ({source})")
         merged |= {path: value for path, value in layer.items() if path not in sections}
         origin |= dict.fromkeys(layer, source)
     problems += _take_out_credentials(merged, origin, str(file) if resolved else None)
@@ -764,11 +790,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if trainer.cuda_graph:
         for path, value, why in (
+            ("trainer.kernels", trainer.kernels, "PyTorch's synthesis reads the device's numbers"),
             ("data.mode", data.mode, "the images must be on the device"),
             ("trainer.precision", trainer.precision, "its loss scale would stay what it was at the first step"),
             ("trainer.compile", trainer.compile, "it makes graphs of its own"),
         ):
-            if value in ("streaming", "fp16", "reduce-overhead"):
+            if value in ("torch", "streaming", "fp16", "reduce-overhead"):
                 yield f"trainer.cuda_graph with {path} {value}: {why}"
     if trainer.spike_factor and trainer.spike_patience >= trainer.max_rejected:
         yield (
@@ -799,7 +826,11 @@ def _read_command_line(arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
         argument = arguments[position]
         position += 1
         if not argument.startswith("--"):
-            problems.append(f"{argument}: unexpected argument; settings are given as --section.field VALUE")
+            # Behind an address it may be the rest of a password that holds a space.
+            before = " ".join(arguments[: position - 1])
+            hide = without_addresses(before) != before
+            shown = "what stands behind an address" if hide else without_addresses(argument)
+            problems.append(f"{shown}: unexpected argument; settings are given as --section.field VALUE")
             continue
         name, equals, text = argument[2:].partition("=")
         path = name.replace("-", "_")
@@ -830,7 +861,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError([f"config: cannot read {path}: {error.strerror or error}"]) from None
+        raise ConfigError([f"config: cannot read {without_addresses(str(path))}: {error.strerror or error}"]) from None
     except UnicodeDecodeError:
         raise ConfigError([f"config: {path} is not UTF-8 text"]) from None
     except tomllib.TOMLDecodeError as error:
@@ -878,12 +909,12 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
         owner = next((known for known in origin if path == known or path.startswith(known + ".")), None)
         where = f" ({origin[owner]})" if owner is not None else ""
         if item["type"] == "extra_forbidden":
-            lines.append(f"{path}: unknown setting{_nearest(path, list(fields))}{where}")
+            lines.append(f"{without_addresses(path)}: unknown setting{_nearest(path, list(fields))}{where}")
         else:
             field = fields.get(path) or fields.get(path.rpartition(".")[0])
             allowed = _allowed(field) if field is not None else ""
             expected = f"allowed: {allowed}" if allowed and item["type"] != "value_error" else message
-            lines.append(f"{path}: got {item['input']!r}; {expected}{where}")
+            lines.append(f"{path}: got {without_addresses(repr(item['input']))}; {expected}{where}")
     return lines
 
 

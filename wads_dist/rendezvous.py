@@ -37,7 +37,7 @@ def launch_identity() -> str:
     words = [word for word in sys.argv if not word.startswith("--local_rank")]
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     started_by = [f"by {os.getppid()}"] if size == os.environ.get("WORLD_SIZE") else []
-    return public(shlex.join([*words, *started_by]))
+    return shlex.join(map(public, [*words, *started_by]))  # word by word: as in sweep.command_line
 
 
 class Line:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards.addresses import VARIABLE
 from wads_dist.checkpoint_files import write_text
 from wads_dist.errors import ExitCode, WadsError
 from wads_dist.record import REPOSITORY
@@ -148,7 +149,11 @@ def requeue() -> str | None:
 def _run(program: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     if shutil.which(program) is None:
         raise SlurmError(f"{program}: not found; submit where Slurm's commands are, or leave --slurm out")
+    # sbatch exports its environment to the job, and Slurm's controller stores it.
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     try:
-        return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        return subprocess.run(
+            [program, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{program}: no answer for {PATIENCE_SECONDS:.0f} s") from None

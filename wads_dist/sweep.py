@@ -20,14 +20,25 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shards.addresses import public
+from shards.addresses import VARIABLE, looks_like_address, public, with_credentials, without_addresses
 from wads_dist import slurm
 from wads_dist.checkpoint_files import steps, write_text
 from wads_dist.config import ConfigError
 from wads_dist.errors import ExitCode
 from wads_dist.record import SUMMARY
 from wads_dist.sweep_launch import POLL_SECONDS, Signals, train
-from wads_dist.sweep_plan import Sweep, add_job, held, load, open_sweep, parse_grid, plan_runs, read_variants, record
+from wads_dist.sweep_plan import (
+    Run,
+    Sweep,
+    add_job,
+    held,
+    load,
+    open_sweep,
+    parse_grid,
+    plan_runs,
+    read_variants,
+    record,
+)
 from wads_dist.sweep_report import show, summarise, verdict
 from wads_dist.sweep_watch import Watch
 
@@ -49,6 +60,8 @@ def sweep(
         ConfigError, DataError: before anything is started, with every problem of every run.
         ResumeError: the folder holds another sweep.
     """
+    if looks_like_address(str(given.out)):
+        raise ConfigError([f"--out {without_addresses(str(given.out))}: must be a folder"])
     out = given.out.absolute()
     if given.task is not None:
         return run_task(load(out), given.task)
@@ -58,6 +71,7 @@ def sweep(
     runs = plan_runs(out, arguments, parse_grid(given.grid), given.seeds, build=not given.dry_run, variants=variants)
     options = None
     if given.slurm:
+        refuse_credentials(runs)
         options = slurm.JobOptions(**{field.name: getattr(given, field.name) for field in fields(slurm.JobOptions)})
     if given.dry_run:
         show_plan(open_sweep(out, runs, given.ranks), options, given.json)
@@ -85,7 +99,8 @@ def sweep(
 
 def command_line() -> str:
     """What a person has typed to start this, without credentials."""
-    return public(shlex.join(["python", *sys.argv]))
+    # Word by word: join puts quotation marks into a word that holds an apostrophe, and there an address ends for public.
+    return shlex.join(["python", *map(public, sys.argv)])
 
 
 def show_plan(plan: Sweep, options: slurm.JobOptions | None, as_json: bool) -> None:
@@ -133,6 +148,20 @@ def run_here(watch: Watch) -> ExitCode | None:
 
 
 # --- Slurm -------------------------------------------------------------------------------------------------------
+
+
+def refuse_credentials(runs: Sequence[Run]) -> None:
+    """Refuses runs whose data needs credentials that this process alone has: Slurm gets none of them, because it would store
+    them, so that the tasks would have none."""
+    addresses = {place for run in runs for place in (run.config.data.shards, run.config.data.textures) if place}
+    if known := sorted(place for place in addresses if with_credentials(place) != place):
+        raise ConfigError(
+            [
+                f"{place}: its credentials do not reach the tasks of --slurm; write them to ~/.netrc on the cluster, and leave "
+                f"them out of the address and of {VARIABLE}"
+                for place in known
+            ]
+        )
 
 
 def submit_missing(plan: Sweep, options: slurm.JobOptions, console: Console) -> None:

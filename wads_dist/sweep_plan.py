@@ -16,6 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+from shards.addresses import looks_like_address, without_addresses
 from shards.files import locked
 from shards.layout import find_categories
 from shards.names import category_problem, quoted, text_problem
@@ -109,7 +110,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
         path = name.strip().removeprefix("--").replace("-", "_")
         values = [value.strip() for value in listed.split(";" if ";" in listed else ",") if value.strip()]
         if not values:
-            problems.append(f"--grid {text}: give SECTION.FIELD=VALUE,VALUE,...")
+            problems.append(f"--grid {without_addresses(text)}: give SECTION.FIELD=VALUE,VALUE,...")
         elif path in grid:
             problems.append(f"--grid {path}: given twice; list all of its values once")
         elif path in NOT_IN_GRID:
@@ -143,6 +144,8 @@ def read_variants(path: Path, only: str | None = None) -> dict[str, dict[str, st
             else:
                 yield prefix + name, value if isinstance(value, str) else json.dumps(value)
 
+    if looks_like_address(str(path)):
+        raise ConfigError([f"--variants {without_addresses(str(path))}: must be a file"])
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

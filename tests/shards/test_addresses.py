@@ -4,7 +4,16 @@ import os
 
 import pytest
 
-from shards.addresses import VARIABLE, address_problem, is_remote, public, take_credentials, with_credentials
+from shards.addresses import (
+    VARIABLE,
+    address_problem,
+    is_remote,
+    looks_like_address,
+    public,
+    take_credentials,
+    with_credentials,
+    without_addresses,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +116,7 @@ REFUSED = [
         "S3:/alice:s3cr3t@h",
         "file://alice:s3cr3t@h/x",
     ),
-    *("simplecache::s3://bucket/x", "simplecache::s3:/bucket/x"),
+    *("simplecache::s3://bucket/x", "simplecache::s3:/bucket/x", " http://alice:s3cr3t@h", "\nhttp://alice:s3 cr3t@h"),
 ]
 
 
@@ -117,6 +126,17 @@ def test_an_address_that_cannot_be_one_is_refused_without_being_shown(address: s
     assert (
         problem and "s3 " not in problem and "cr3t" not in problem and "\x1b" not in problem and "alice" not in problem
     )
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_of_an_address_where_none_belongs_the_scheme_is_shown(address: str) -> None:
+    """It may hold what no address holds, so that nobody knows where it ends."""
+    assert looks_like_address(address) or address_problem(address)
+    for text in (address, repr(address), repr(["x", address]), f"--root {address}: y"):
+        shown = without_addresses(text)
+        assert shown.endswith(":/… (an address)") or shown.endswith("://… (an address)")
+        assert not any(secret in shown for secret in ("alice", "s3c", "s3 ", "cr3t", "host"))
+    assert without_addresses("a/b: no folder") == "a/b: no folder"
 
 
 @pytest.mark.parametrize("folder", ["a::b", "/a:/b", "x/y:/z", "C:/x", "::", "a: /b", "/s3://x"])

@@ -544,12 +544,19 @@ def test_a_driver_gets_no_credentials_that_its_errors_could_show(monkeypatch: py
     ],
 )
 def test_no_command_takes_an_address_for_something_else(
-    arguments: list[str], character: str, address: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    character: str,
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main([*arguments, address.format(character)])
     said = "".join(capsys.readouterr())
     assert "http://… (an address)" in said and "s3cr3t" not in said and "alice" not in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

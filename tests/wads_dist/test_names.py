@@ -3,28 +3,33 @@
 import hashlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from launch.sweep import parse
 from shards.addresses import VARIABLE, with_credentials
+from shards.errors import DataError
 from shards.names import RESERVED
 from tests.wads_dist.test_run import SMALL, command
 from wads_dist import categories, leases, record, report, run
 from wads_dist.checkpoint_files import problems
-from wads_dist.config import ConfigError, config_difference, load_config
+from wads_dist.config import ADDRESSES, ConfigError, _fields, config_difference, load_config
 from wads_dist.deepspeed_config import with_monitors
 from wads_dist.entry import main
 from wads_dist.errors import ExitCode, ModelFileError
 from wads_dist.evaluate import save_weights
+from wads_dist.export import export_command
 from wads_dist.models import Wads
 from wads_dist.predict import load_weights
 from wads_dist.record import Outcome, open_run, record_summary, refuse_links
-from wads_dist.run import train_run
-from wads_dist.sweep import command_line
-from wads_dist.sweep_plan import RECORD, TAKEN, load, plan_runs, read_variants
+from wads_dist.rendezvous import launch_identity
+from wads_dist.run import locate_shards, train_run
+from wads_dist.sweep import command_line, sweep
+from wads_dist.sweep_plan import RECORD, TAKEN, load, parse_grid, plan_runs, read_variants
 
 WITH, WITHOUT = "https://alice:s3cr3t@host.example/mvtec?sig=t0ken", "https://host.example/mvtec"
 BANK = "https://alice:s3cr3t@host.example/banks/textures?sig=t0ken&v=2"
@@ -119,11 +124,27 @@ def test_links_within_the_runs_folder_and_to_it_are_none_of_these(tmp_path: Path
     refuse_links(tmp_path / "run", [*RESERVED, "nut"])
 
 
+def test_a_link_out_of_the_cache_or_of_a_models_folder_is_not_followed(tmp_path: Path) -> None:
+    """Where ``data.root`` is built, and where a model is exported to unless a folder is named."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "root").mkdir()
+    config = load_config(["--data.root", str(tmp_path / "root"), "--data.cache", str(tmp_path / "cache")])
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/built").symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match=r"built.*leads out of"):
+        locate_shards(config)
+    (tmp_path / "nut").mkdir()
+    (tmp_path / "nut/export").symlink_to(tmp_path / "outside")
+    with pytest.raises(DataError, match="export: leads out of"):
+        export_command(tmp_path / "nut", None, ["torch"], None, 1e-4, False)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
 def test_a_summary_knows_only_what_can_be_a_name(tmp_path: Path) -> None:
-    for name in ("nut", "nut\x1b[2J"):
-        (tmp_path / name).mkdir()
+    for name in ("nut", "nut\x1b[2J", "two words", "queue"):
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "metrics.json").write_text("{}")
-        (tmp_path / "queue" / name).mkdir(parents=True)
+        (tmp_path / "queue" / name).mkdir(parents=True, exist_ok=True)
     assert record_summary(tmp_path, Outcome(), [], over=True)["categories"] == {"nut": {}}
 
 
@@ -252,11 +273,60 @@ def test_what_an_earlier_version_has_written_is_shown_no_more(
         ["--data.shard", WITH],
         [WITH],
         ["--data", WITH],
+        ["--data", "http://alice:a s3cr3t@host"],
+        ["--data.shards http://alice:a s3cr3t@host"],
+        ["--data.shards", "http://alice:a", "b", "s3cr3t@host"],  # without quotation marks in a shell
+        ["--config", "http://alice:a s3cr3t@host/x.toml"],
+        ["--data.categories", "http://alice:a,s3cr3t,s3cr3t@host"],
+        ["--data.categories", "nut,all,x http://alice:a s3cr3t@host"],
+        ["http://alice:a s3cr3t@host"],
     ],
 )
 def test_no_error_shows_credentials(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(lambda config: 0, arguments) == ExitCode.BAD_CONFIG
     assert clean(capsys.readouterr().err)
+
+
+HOSTILE = [
+    address.format(character)
+    for character in " \"'"
+    for address in (" http://alice:a{}s3cr3t@host/x", "http://alice:s3cr3t{}a@host/x", "http://host/x?sig=a{}t0ken")
+]
+
+
+@pytest.mark.parametrize("path", list(_fields()))
+def test_no_setting_but_those_of_data_takes_an_address_and_no_error_shows_one(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not where a space or a quotation mark hides the address's end either; a folder of that name would be recorded."""
+    for address in HOSTILE:
+        wrong = ["--trainer.seed", "x"] if path in ADDRESSES else []  # with an apostrophe, it is an address
+        assert main(lambda config: 0, [f"--{path}={address}", *wrong]) == ExitCode.BAD_CONFIG
+        said = capsys.readouterr().err
+        assert clean(said)
+        assert path in ADDRESSES or (said.startswith(path) and "http://… (an address)" in said)
+
+
+@pytest.mark.parametrize("address", ["https://alice:a's3cr3t@host/x", "https://host/x?sig=a't0ken", WITH])
+def test_a_sweep_records_its_command_without_credentials(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An apostrophe, which an address may hold, is three characters more in a shell's words."""
+    monkeypatch.setattr(sys, "argv", ["it's.py", "--data.shards", address, f"--data.textures={address}", "--json"])
+    assert clean(launch_identity())
+    words = shlex.split(command_line())
+    assert clean(*words) and len(words) == 6 and words[-2].startswith("--data.textures=https://host")
+
+
+def test_a_sweep_has_no_address_for_a_folder() -> None:
+    for address in HOSTILE:
+        with pytest.raises(ConfigError, match=r"^--out .*http:/… \(an address\): must be a folder") as caught:
+            sweep(*parse(["--out", address]))
+        assert clean(caught.value)
+        with pytest.raises(ConfigError, match="must be a file") as caught:
+            read_variants(Path(address))
+        assert clean(caught.value)
+        with pytest.raises(ConfigError, match=r"give SECTION.FIELD=VALUE") as caught:
+            parse_grid([address.replace("=", "")])
+        assert clean(caught.value)
 
 
 def test_a_sweep_over_an_address_plans_it_without_credentials(

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from launch.sweep import parse
+from shards.addresses import VARIABLE
 from tests.conftest import REPOSITORY, environment
 from tests.wads_dist.faults.launching import events, processes
 from wads_dist import slurm
@@ -278,6 +279,49 @@ def test_what_sbatch_has_against_a_job_is_said(
     pretend_slurm(squeue="true", sbatch="echo 'invalid partition specified: x' >&2; exit 1")
     with pytest.raises(slurm.SlurmError, match="invalid partition specified: x"):
         sweep(*parse(["--out", str(tmp_path / "sweep"), "--slurm", "--no-watch", *settings]))
+
+
+@pytest.mark.parametrize("call", ["submit", "queue", "requeue"])
+def test_slurm_gets_no_credentials(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch exports its environment, and Slurm's controller stores it."""
+    given: list[dict[str, str] | None] = []
+
+    def run(command: list[str], env: dict[str, str] | None = None, **_: Any) -> "subprocess.CompletedProcess[str]":
+        given.append(env)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr("subprocess.run", run)
+    for name, value in ((VARIABLE, "https://alice:s3cr3t@host/x"), ("SLURM_ARRAY_JOB_ID", "1"), ("KEPT", "x")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    calls: dict[str, Callable[[], object]] = {
+        "submit": lambda: slurm.submit(tmp_path, "x", [0], JobOptions()),
+        "queue": lambda: slurm.queue("x"),
+        "requeue": slurm.requeue,
+    }
+    calls[call]()
+    assert [(env is not None and VARIABLE not in env and env["KEPT"]) for env in given] == ["x"]
+
+
+@pytest.mark.parametrize("field", ["data.shards", "data.textures"])
+@pytest.mark.parametrize("way", ["address", "environment", "another host's"])
+def test_an_array_whose_tasks_would_lack_credentials_is_not_submitted(
+    field: str, way: str, settings: list[str], tmp_path: Path, pretend_slurm: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pretend_slurm(squeue="true", sbatch="echo 99")
+    monkeypatch.setattr("wads_dist.sweep_plan._locate", lambda config, build: (config.data.shards, ["nut"]))
+    host = "other" if way == "another host's" else "host"
+    monkeypatch.setenv(VARIABLE, "" if way == "address" else f"https://alice:s3cr3t@{host}/x")
+    address = "https://alice:s3cr3t@host/x" if way == "address" else "https://host/x"
+    command = ["--out", str(tmp_path / "sweep"), "--slurm", "--no-watch", *settings, f"--{field}", address]
+    if way == "another host's":
+        assert sweep(*parse(command)) == ExitCode.OK
+        return
+    with pytest.raises(ConfigError, match=r"^https://host/x: .*~/\.netrc on the cluster") as caught:
+        sweep(*parse(command))
+    assert "s3cr3t" not in str(caught.value) and not (tmp_path / "sweep").exists()
 
 
 def test_without_slurm_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
