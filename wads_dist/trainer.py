@@ -212,7 +212,7 @@ class Trainer:
         """
         weights, step = self.config.objective, self.progress.step
         mark = (Pulse() if direct else self.pulse).mark
-        wads, critic = (self.gs.module, self.d.module) if direct else self.both
+        wads, critic = (self.gs.module, self.d.module) if direct else (self.gs, self.d)
         x_hat, logits, z, z_hat = wads(batch.clean, batch.anomalous, weights.latent.detach)
         mark("discriminator", step)
         seen = x_hat.detach().requires_grad_(weights.adversarial.weight > 0)

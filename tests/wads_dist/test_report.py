@@ -189,11 +189,11 @@ def test_links_lead_to_sections(run: Path) -> None:
 
 def test_names_and_reasons_are_text(run: Path) -> None:
     evil = "<img src=x onerror=alert(1)>&\"'"
-    add_category(run, evil)
-    add_attempt(run, "bolt", 1, 1, "<script>alert(2)</script>")
+    add_category(run, evil)  # which cannot name one, and is not shown
+    add_attempt(run, "bolt", 1, 1, f"<script>alert(2)</script>{evil}")
     page = page_of(run)
     assert "script" not in page.tags and "onerror" not in {name for name, _ in page.attributes}
-    assert evil in page.text and "<script>alert(2)</script>" in page.text
+    assert page.text.count(evil) == page.text.count(f"<script>alert(2)</script>{evil}") > 0
 
 
 def test_fifteen_categories_stay_below_five_megabytes(tmp_path: Path) -> None:
