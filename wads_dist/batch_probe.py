@@ -75,11 +75,11 @@ class Rehearsal(Trainer):
             for i in range(STEPS + 1):  # the first warms up
                 synchronise(device)
                 started = time.perf_counter()
-                total, discriminator, _ = self.losses(self.data.batch(torch.arange(micro, device=device)))
+                losses = self.losses(self.data.batch(torch.arange(micro, device=device)))
                 if i == 0:
                     used = memory_used(device)  # of a host: while all that backward needs is there
-                total.backward()
-                discriminator.backward()
+                losses["total"].backward()
+                losses["discriminator"].backward()
                 synchronise(device)
                 elapsed.append(time.perf_counter() - started)
                 for optimizer in self.optimizers:  # once a global batch, however it is divided: not timed

@@ -30,27 +30,26 @@ class Networks(Protocol):
 
 
 def compile_networks(engines: Sequence[DeepSpeedEngine], mode: str, backend: str = "inductor") -> None:
-    """Has each engine compile its network at its first pass, as a whole (a break in the graph is an error).
+    """Has each engine's network compile itself at its first pass, as a whole (a break in the graph is an error).
 
-    The discriminator's compiled backward takes gradients of its weights for L_adv as well, where the eager one stops at X̂.
+    Only ``forward`` is compiled: ``engine.compile`` takes DeepSpeed's hooks along, which not every torch can trace. The
+    discriminator's compiled backward takes gradients of its weights for L_adv as well, where the eager one stops at X̂.
 
     Raises:
-        ConfigError: at ZeRO-3, whose hooks gather weights between the layers; with DeepSpeed's timers, which break a graph; or
-            where the CUDA graphs of several micro-batches would overwrite each other's gradients.
+        ConfigError: at ZeRO-3, whose hooks gather weights between the layers, or where the CUDA graphs of several micro-batches
+            would overwrite each other's gradients.
     """
     why = f"trainer.compile {mode}:"
     for engine in engines:
         if engine.zero_optimization_stage() == 3:
             raise ConfigError([f"{why} works at the ZeRO stages 0 to 2; take such a file for trainer.deepspeed"])
-        if engine.wall_clock_breakdown() or engine.tput_timer.config.enabled:
-            raise ConfigError([f"{why} DeepSpeed's file asks for wall_clock_breakdown or timers, which it cannot have"])
         if mode != "default" and engine.gradient_accumulation_steps() > 1:
             raise ConfigError(
                 [f"{why} a step must be one micro-batch; take default, or leave trainer.micro_batch_size out"]
             )
     torch._functorch.config.donated_buffer = False  # the discriminator's graph serves two backward passes
-    for engine in engines:
-        engine.compile(backend, {"mode": mode, "fullgraph": True, "dynamic": False})
+    for network in (engine.module for engine in engines):
+        network.forward = torch.compile(network.forward, backend=backend, mode=mode, fullgraph=True, dynamic=False)
 
 
 def why_no_graph(config: Config, device_type: str, world_size: int, stage: int) -> str | None:

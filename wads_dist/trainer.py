@@ -202,9 +202,9 @@ class Trainer:
         """What a forward pass changes: BatchNorm's statistics."""
         return list(self.gs.module.buffers())
 
-    def losses(self, batch: Batch, direct: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Forward passes of all networks: what generator and segmenter minimise, what the discriminator does, and their terms;
-        ``direct``: past DeepSpeed, which then knows nothing of the passes, and without marks.
+    def losses(self, batch: Batch, direct: bool = False) -> dict[str, Tensor]:
+        """Forward passes of all networks: what generator and segmenter minimise (``total``), its terms, and what the
+        ``discriminator`` does. ``direct``: past DeepSpeed, which then knows nothing of the passes, and without marks.
 
         The discriminator sees X and X̂ once, for both: L_adv's gradient for X̂ is taken from the graph on which L_disc's
         backward then runs (on X̂ detached, both would need a pass of their own over each image). It is not taken if L_adv weighs
@@ -231,31 +231,27 @@ class Trainer:
         terms = objective(target, x_hat, logits, batch.mask, self.weights, self.config.trainer.kernels)
         latent = F.mse_loss(z_hat.float(), z.float())
         total = terms.total + weights.adversarial.weight * adversarial + weights.latent.weight * latent
-        return (
-            total,
-            discriminator,
-            {
-                "total": total,
-                "dissimilarity": terms.dissimilarity,
-                "mse": terms.mse,
-                "focal": terms.focal,
-                "kl": terms.kl,
-                "discriminator": discriminator,
-                "adversarial": adversarial,
-                "latent": latent,
-            },
-        )
+        return {
+            "total": total,
+            "dissimilarity": terms.dissimilarity,
+            "mse": terms.mse,
+            "focal": terms.focal,
+            "kl": terms.kl,
+            "discriminator": discriminator,
+            "adversarial": adversarial,
+            "latent": latent,
+        }
 
     def micro_batch(self, ids: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Losses, and a gradient for each of ``parameters()``, of the samples ``ids``: what DeepSpeed's backward passes would
         leave on one rank at ZeRO-0."""
-        total, discriminator, terms = self.losses(self.data.batch(ids), direct=True)
+        losses = self.losses(self.data.batch(ids), direct=True)
         gradients: list[Tensor] = []
-        for loss, engine in ((total, self.gs), (discriminator, self.d)):
+        for name, engine in (("total", self.gs), ("discriminator", self.d)):
             trained = [p for p in engine.module.parameters() if p.requires_grad]
-            scaled = loss * self.loss_scale.scale / self.accumulation
+            scaled = losses[name] * self.loss_scale.scale / self.accumulation
             gradients += torch.autograd.grad(scaled, trained, materialize_grads=True)
-        return {name: value.detach() for name, value in terms.items()}, gradients
+        return {name: loss.detach() for name, loss in losses.items()}, gradients
 
     def warm_up(self) -> None:
         """Compiles, for minutes perhaps, and leaves no trace: a pass of the next samples whose gradients nobody sees, and that
@@ -285,10 +281,10 @@ class Trainer:
                     mark("data", number)
                     batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
                     mark("forward", number)
-                    total, disc, terms = self.losses(batch)
+                    terms = self.losses(batch)
                 mark("backward", number)
-                self.gs.backward(total * self.loss_scale.scale)
-                self.d.backward(disc * self.loss_scale.scale)
+                self.gs.backward(terms["total"] * self.loss_scale.scale)
+                self.d.backward(terms["discriminator"] * self.loss_scale.scale)
                 losses.add(**terms)
             if i + 1 < len(micro_batches):
                 for engine in self.both:

@@ -1,11 +1,12 @@
 """torch.compile of the networks, and the step as a CUDA graph, without a GPU: all but the capture itself."""
 
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 
 from wads_dist.config import ConfigError, load_config
-from wads_dist.graph import why_no_graph
+from wads_dist.graph import compile_networks, why_no_graph
 
 Run = Callable[..., list[str]]
 BASE = ["--data.shards", "none"]
@@ -32,6 +33,16 @@ def test_inductor_takes_the_eager_step(run_ranks: Run) -> None:
 def test_a_compiled_run_resumes_exactly(run_ranks: Run, tmp_path: object) -> None:
     printed = run_ranks("exact_resume.py", 1, str(tmp_path), "0,1,2", "--trainer.compile", "default")[0]
     assert printed.count("bitwise equal") == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "stage", "micro_batches", "why"),
+    [("default", 3, 1, "ZeRO stages 0 to 2"), ("reduce-overhead", 0, 2, "one micro-batch")],
+)
+def test_what_cannot_be_compiled_is_refused(mode: str, stage: int, micro_batches: int, why: str) -> None:
+    engine = Mock(zero_optimization_stage=lambda: stage, gradient_accumulation_steps=lambda: micro_batches)
+    with pytest.raises(ConfigError, match=f"trainer.compile {mode}: .*{why}"):
+        compile_networks([engine], mode)
 
 
 def test_what_stands_against_a_graph() -> None:

@@ -83,9 +83,9 @@ def test_a_gradient_for_the_adversary_is_taken_only_where_it_has_a_weight(
         loss_scale=LossScale(),
     )
     batch = Batch(torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64, dtype=torch.uint8))
-    total, discriminator, terms = Trainer.losses(trainer, batch)  # type: ignore[arg-type]
-    (total + discriminator).backward()
-    assert len(taken) == weight and terms["adversarial"] > 0
+    losses = Trainer.losses(trainer, batch)  # type: ignore[arg-type]
+    (losses["total"] + losses["discriminator"]).backward()
+    assert len(taken) == weight and losses["adversarial"] > 0
     assert x_hat.grad is not None and all(p.grad is not None for p in critic.parameters())
 
 
