@@ -21,18 +21,18 @@ class Samples:
         generator = torch.Generator().manual_seed(0)
         size = config.data.store_size
         self.images = torch.randint(0, 256, (6, 3, size, size), generator=generator, dtype=torch.uint8)
-        self.settings, self.seed, self.bad, self.loud = synthesis_settings(config), config.trainer.seed, bad, loud
+        self.settings, self.seed = synthesis_settings(config), config.trainer.seed
+        self.bad, self.loud = (torch.tensor(sorted(ids), dtype=torch.int64) for ids in (bad, loud))
         self.backend = config.trainer.kernels
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
         self.images = self.images.to(sample.device)
         batch = synthesise(self.images, self.images, sample, self.seed, self.settings, backend=self.backend)
-        # Nothing is read from the device unless there is something to do: host_reads.py forbids it.
-        for i, index in enumerate(sample.tolist() if self.bad or self.loud else []):
-            if index in self.bad:
-                batch.anomalous[i] = float("nan")
-            if index in self.loud:
-                batch.clean[i] *= 300
+        # Nothing is read from the device, which neither host_reads.py nor a capture allows.
+        self.bad, self.loud = (ids.to(sample.device) for ids in (self.bad, self.loud))
+        bad, loud = (torch.isin(sample, ids)[:, None, None, None] for ids in (self.bad, self.loud))
+        batch.anomalous.masked_fill_(bad, float("nan"))
+        batch.clean.mul_(torch.where(loud, 300.0, 1.0))
         return batch
 
 
