@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from shards.arguments import Parser, local_path
 from wads_dist.status import rank_times
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -41,11 +42,11 @@ def measure(shards: Path, run: Path, at_once: int, settings: list[str]) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--config", default="configs/demo.toml")
     parser.add_argument("--samples", type=int, default=800, help="training samples of each category")
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser.add_argument("--json", type=local_path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
     settings += ["--config", given.config, "--trainer.samples", str(given.samples)]
     with tempfile.TemporaryDirectory() as folder:

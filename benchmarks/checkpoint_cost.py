@@ -5,7 +5,6 @@ plain ``torch.save`` of the same tensors (no hash, no sync), and copying the sta
 background would wait for.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from shards.arguments import Parser, local_path
 from wads_dist import checkpoint, checkpoint_files
 from wads_dist.config import load_config
 from wads_dist.rendezvous import unless_launched
@@ -57,9 +57,9 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
-        "--folder", type=Path, help="on the disk to be measured (default: the system's temporary folder)"
+        "--folder", type=local_path, help="on the disk to be measured (default: the system's temporary folder)"
     )
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from kernels import native
 from kernels.synthesis import SynthesisSettings, synthesise
+from shards.arguments import Parser
 from shards.textures import procedural_textures
 from wads_dist.kernel_peers import draem_sample
 
@@ -100,7 +101,7 @@ def peak_memory_mb(images: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="also write the numbers to this file")

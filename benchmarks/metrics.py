@@ -30,6 +30,7 @@ from torchmetrics.functional.classification import (
     binary_precision_recall_curve,
 )
 
+from shards.arguments import Parser, local_path
 from wads_dist.distributed import Ranks
 from wads_dist.histogram import ScoreHistogram
 from wads_dist.metrics import PRO_LIMIT, Truth, binary_metrics, map_metrics
@@ -199,12 +200,12 @@ def measure(name: str, scores: Maps, masks: Masks, rounds: int, answer: Any) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--maps", type=int, default=1725)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS))
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=local_path, help="also write the numbers to this file")
     given = parser.parse_args()
     # Pools that are started before the fork do not work after it.
     context = multiprocessing.get_context("spawn")

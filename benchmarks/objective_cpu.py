@@ -10,11 +10,11 @@ import argparse
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from shards.arguments import Parser, local_path
 from wads_dist.kernel_peers import IMPLEMENTATIONS, Case
 from wads_dist.kernel_timing import host_clock, take_turns
 
@@ -40,11 +40,11 @@ def compare(batch: int, size: int, seconds: float, threads: int, channels_last: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=local_path, help="also write the numbers to this file")
     given = parser.parse_args()
     runs = [(threads, channels_last) for threads in (1, 2) for channels_last in (False, True)]
     result = {

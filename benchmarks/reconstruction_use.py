@@ -21,6 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.arguments import Parser, local_path
 from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.config import ConfigError, load_config
@@ -73,9 +74,9 @@ def scores(run: Path, settings: Sequence[str], ranks: Ranks) -> dict[str, dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=local_path, help="a run's folder")
+    parser.add_argument("--json", type=local_path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
     try:
         found = scores(given.run, settings, Ranks(0, 1, 0, 1, Ranks.from_environment().device))

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from scaling_ranks import World, cpu_seconds_of_others, fit_compute, fit_links, networks_of
 
+from shards.arguments import Parser, local_path
 from wads_dist import scaling
 from wads_dist.config import Config, load_config
 from wads_dist.deepspeed_config import read_settings
@@ -230,14 +231,14 @@ def show(tables: dict[str, Rows], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(CONFIGS / "mvtec.toml"), help="what is predicted")
     parser.add_argument("--predict-only", action="store_true", help="measure nothing")
     parser.add_argument("--rounds", type=int, default=5, help="in which the timings take turns (default: 5)")
     parser.add_argument(
         "--gpu-ms-per-sample", type=float, nargs="+", default=[0.1, 0.3, 1.0], help="(default: 0.1 0.3 1)"
     )
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--json", type=local_path, help="also write the numbers to this file")
     for name, (value, meaning) in ASSUMED.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=float, default=value, help=f"{meaning} (default: {value})", metavar="X")

@@ -23,7 +23,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kernels.objective import objective
 from kernels.synthesis import Batch
+from shards.arguments import Parser, local_path
 from wads_dist.checkpoint import zero_stage
 from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.deepspeed_config import resolve_precision
@@ -213,14 +213,14 @@ def compare(config: Config, ranks: Ranks, rounds: int, modes: Sequence[str]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--compile", nargs="+", default=[], metavar="MODE", help="also with torch.compile in these modes"
     )
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser.add_argument("--json", type=local_path, help="also write the numbers there")
     given, settings = parser.parse_known_args()
     unless_launched()
     device = measure_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")).name

@@ -8,12 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.arguments import Parser, local_path
 from wads_dist.entry import main
 from wads_dist.export import DIFFERS, FILES, MAX_IMAGES, TOLERANCE, export_command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=f"Writes {', '.join(FILES.values())} and model.json (preprocessing, thresholds, versions, parity). "
         "Each takes images float32 [N, 3, H, H] in [0, 1] and gives reconstruction, probability map and image score.",
         epilog=f"Exit code 0: exported; 1: the files cannot be written; 2: bad arguments, no usable model, or packages that "
@@ -21,16 +22,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         f"--tolerance, and nothing is written; 130: interrupted.",
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="RUN/CATEGORY", help="folder of a category that has finished training")
-    add("--out", type=Path, metavar="DIR", help="default: RUN/CATEGORY/export")
+    add("model", type=local_path, metavar="RUN/CATEGORY", help="folder of a category that has finished training")
+    add("--out", type=local_path, metavar="DIR", help="default: RUN/CATEGORY/export")
     add(
         "--format",
         choices=(*FILES, "both"),
         default="both",
         help="default: both; onnx needs `pip install '.[export]'`; the other's file of an earlier export is removed",
     )
-    add("--images", type=Path, metavar="DIR", help="images on which the exports are compared with the checkpoint, at most "
-        f"{MAX_IMAGES} (default: random ones)")  # fmt: skip
+    add(
+        "--images",
+        type=local_path,
+        metavar="DIR",
+        help=f"images on which the exports are compared with the checkpoint, at most {MAX_IMAGES} (default: random ones)",
+    )
     add(
         "--tolerance",
         type=float,

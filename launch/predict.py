@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from shards.arguments import Parser, local, local_path
 from wads_dist.entry import main
 from wads_dist.predict import OVERLAP, load
 from wads_dist.predict_files import predict_command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Scores images and shows where they are anomalous.\n\n"
         "For every image, at its own resolution, below DIR and named after the image's path:\n"
@@ -35,9 +36,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "scored); 130: interrupted (also by SIGTERM), what was finished is there and listed.",
     )
     add = parser.add_argument
-    add("input", nargs="+", metavar="INPUT", help="image, folder (searched recursively) or pattern")
-    add("--model", required=True, type=Path, metavar="MODEL", help="RUN/CATEGORY, or an exported model.onnx")
-    add("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
+    add("input", nargs="+", type=local, metavar="INPUT", help="image, folder (searched recursively) or pattern")
+    add("--model", required=True, type=local_path, metavar="MODEL", help="RUN/CATEGORY, or an exported model.onnx")
+    add("--out", required=True, type=local_path, metavar="DIR", help="folder for the results")
     add("--threshold", type=float, metavar="X", help="score from which an image is anomalous (default: the one saved with "
         "the model)")  # fmt: skip
     add("--pixel-threshold", type=float, metavar="X", help="probability from which a pixel is anomalous (default: "

@@ -1,6 +1,5 @@
 """Profile both kernels beside their peers: ``python launch/profile_kernels.py [--json FILE] [--plot FILE.png] [--help]``."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from kernels.objective import WINDOW
+from shards.arguments import Parser, local_path
 from wads_dist.entry import check_checkout
 from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS, LAYOUTS
 from wads_dist.kernel_profile import KERNELS, Options, candidates, cases, profile_kernels
 
 
 def parse(argv: Sequence[str] | None) -> Options:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Times the objective and the synthesis beside what others would use in their place.",
         epilog="Exit code 0; 1 if one of this checkout's kernels failed (the other results are still written); 2 for bad "
         "arguments.",
@@ -34,9 +34,13 @@ def parse(argv: Sequence[str] | None) -> Options:
         "contiguous; training's is channels_last)")  # fmt: skip
     add("--no-compiled", action="store_false", dest="compiled", help="no report on kernels compiled for other devices")
     add("--json", help="JSON file, written as results come; - for standard output, at the end")
-    add("--csv", type=Path, help="CSV file, a line for each result with the device's name, written as results come")
-    add("--plot", type=Path, help="roofline plot, a PNG file")
-    add("--trace", type=Path, help="Chrome trace of one call of each")
+    add(
+        "--csv",
+        type=local_path,
+        help="CSV file, a line for each result with the device's name, written as results come",
+    )
+    add("--plot", type=local_path, help="roofline plot, a PNG file")
+    add("--trace", type=local_path, help="Chrome trace of one call of each")
     given = parser.parse_args(argv)
 
     on_gpu = given.device == "cuda"

@@ -8,13 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.arguments import Parser, local_path
 from wads_dist.config import Config
 from wads_dist.entry import leave, main
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options of the measurement, and the rest: the settings of a run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [--steps N] [--json FILE] [--trace FILE] [--config FILE] [--SECTION.FIELD VALUE ...]",
         description="Times the joint training step of a configuration on noise images: phases, operators, FLOPs by module, "
         "utilisation, memory. Alone it is one rank; under deepspeed, all of them.",
@@ -23,7 +24,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: 20)")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE; -: to standard output")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="a Chrome trace of two steps")
+    parser.add_argument("--trace", type=local_path, metavar="FILE", help="a Chrome trace of two steps")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
     given, settings = parser.parse_known_args(argv)
     if given.steps < 1:

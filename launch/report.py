@@ -1,24 +1,24 @@
 """The report of a run as one HTML file: ``python launch/report.py RUN [--out FILE] [--json]``."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.arguments import Parser, local_path
 from wads_dist.report import show_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Writes what a run has come to as one HTML file that holds everything itself: scores beside the paper's, "
         "pictures, curves, losses, times and settings. Training writes the same at its end; a run that goes on, or has "
         "failed, can be reported at any time.",
         epilog="Exit code 0: written; 1: it cannot be written; 2: bad arguments; 3: no run in this folder.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder (run.dir)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: RUN/report.html)")
+    parser.add_argument("run", type=local_path, metavar="RUN", help="the run's folder (run.dir)")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help="the file to write (default: RUN/report.html)")
     parser.add_argument(
         "--json", action="store_true", help="print the numbers as one JSON object; a file only with --out"
     )

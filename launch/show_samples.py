@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.arguments import Parser, local_path
 from wads_dist.config import Config
 from wads_dist.entry import main
 
@@ -16,7 +17,7 @@ MOST = 400  # a taller picture is more than matplotlib draws
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options of the sheet, and the rest: the settings of a run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [--samples N] [--out FILE] [--config FILE] [--SECTION.FIELD VALUE ...]",
         description="Draws a contact sheet of the first training samples of a configuration: the clean crop, the anomalous "
         "image, and the mask's outline on it. They are those that the training draws, to the bit on the same device.",
@@ -25,7 +26,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         allow_abbrev=False,
     )
     parser.add_argument("--samples", type=int, default=24, metavar="N", help="how many to draw (default: 24)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE", help="the picture (default: "
+    parser.add_argument("--out", type=local_path, default=Path("samples.png"), metavar="FILE", help="the picture (default: "
         "samples.png); of several categories, a folder of that name without its ending, with a picture of each")  # fmt: skip
     given, settings = parser.parse_known_args(argv)
     if not 1 <= given.samples <= MOST:

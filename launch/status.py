@@ -1,22 +1,22 @@
 """What a run is doing, from its folder alone: ``python launch/status.py RUN [--watch | --json]``."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.arguments import Parser, local_path
 from wads_dist.status import show_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Shows what a run is doing, from its folder alone; the run may be on another node.",
         epilog="Exit code 0: all categories are done; 1: not yet (running, waiting, stopped or lost); 2: bad arguments; "
         "3: no run in this folder; 4: nothing is running, and categories have failed; 130: interrupted.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder (run.dir)")
+    parser.add_argument("run", type=local_path, metavar="RUN", help="the run's folder (run.dir)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--watch", action="store_true", help="refresh every second until the run is over")
     how.add_argument("--json", action="store_true", help="print one JSON object")

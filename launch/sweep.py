@@ -8,6 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.arguments import Parser, local_path
 from wads_dist.entry import leave, main
 from wads_dist.sweep import sweep
 
@@ -21,7 +22,7 @@ def parse(
     argv: Sequence[str] | None = None, *, description: str = DESCRIPTION, grid: bool = True
 ) -> tuple[argparse.Namespace, list[str]]:
     """The options of the sweep, and the rest: settings that all of its runs share. Without ``grid``, that is none of them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s --out SWEEP [options] [--config FILE] [--SECTION.FIELD VALUE ...]",
         description=description,
         epilog="Settings are those of launch/train.py (see its --help). Exit code 0: all is done; 2: the configuration is "
@@ -29,12 +30,14 @@ def parse(
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="SWEEP", help="folder of the sweep, with a folder for each run")
+    add(
+        "--out", type=local_path, required=True, metavar="SWEEP", help="folder of the sweep, with a folder for each run"
+    )
     if grid:
         add("--grid", action="append", metavar="SECTION.FIELD=A,B,...", help="values of a setting, one run for each; several "
             "--grid multiply. Values that hold commas are separated by semicolons")  # fmt: skip
-        add("--variants", type=Path, metavar="FILE", help="TOML file with a table of settings for each of several variants; "
-            "every point of the grid in each of them")  # fmt: skip
+        add("--variants", type=local_path, metavar="FILE", help="TOML file with a table of settings for each of several "
+            "variants; every point of the grid in each of them")  # fmt: skip
         add("--only", metavar="A,B,...", help="these of the variants; to add others later, name them beside these")
     parser.set_defaults(grid=[], variants=None, only=None)
     add("--seeds", type=int, metavar="N", help="N runs for each point of the grid, trainer.seed counting up")

@@ -7,10 +7,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from shards.addresses import looks_like_address, public, without_addresses
+from shards.arguments import Parser, local_path
 from shards.build import build, build_textures
 from shards.demo import demo
 from shards.demo_catalogue import DEMO_CATEGORIES
@@ -29,21 +28,16 @@ def _shown(text: object) -> str:
     return printable(public(str(text)))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(_shown(without_addresses(message)))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m shards", description="Build and check WebDataset shards.")
+    parser = Parser(prog="python -m shards", description="Build and check WebDataset shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="build shards from image folders, or a texture bank")
     command.add_argument(
-        "--root", type=_folder, help="data set in the MVTec AD or good/bad layout, or one category of it"
+        "--root", type=local_path, help="data set in the MVTec AD or good/bad layout, or one category of it"
     )
     command.add_argument(
-        "--textures", type=_folder, metavar="DIR", help="folder of textures (such as DTD) to make a bank of"
+        "--textures", type=local_path, metavar="DIR", help="folder of textures (such as DTD) to make a bank of"
     )
     command.add_argument(
         "--category", action="append", type=_name, metavar="NAME", help="build this one only; may be repeated"
@@ -77,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--out", type=_folder, required=True, help="folder for the shards; what it holds already stays"
+        "--out", type=local_path, required=True, help="folder for the shards; what it holds already stays"
     )
     command.add_argument("--workers", type=_positive, metavar="N", help="processes (default: one per CPU core)")
     command.add_argument("--overwrite", action="store_true", help="build anew what is there, also what is up to date")
@@ -88,17 +82,9 @@ def _location(command: argparse.ArgumentParser, json_help: str) -> None:
     command.add_argument("--json", action="store_true", help=json_help)
 
 
-def _folder(text: str) -> Path:
-    return Path(_no_address(text, "a folder"))
-
-
 def _name(text: str) -> str:
-    return _no_address(text, "a name")
-
-
-def _no_address(text: str, needed: str) -> str:
     if looks_like_address(text):
-        raise argparse.ArgumentTypeError(f"{needed} is needed, not {without_addresses(text)}")
+        raise argparse.ArgumentTypeError(f"a name is needed, not {without_addresses(text)}")
     return text
 
 

@@ -9,7 +9,6 @@
 A directory is a good checkpoint if and only if it holds exactly what its manifest says. docs/checkpoints.md has the protocol.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shards.arguments import Parser, local_path
 from shards.names import file_problem, quoted
 
 MANIFEST, PROGRESS, LATEST, QUARANTINE = "manifest.json", "progress.json", "latest", "quarantine"
@@ -339,12 +339,12 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m wads_dist.checkpoint``: exit code 0 all good, 3 something is damaged, 2 wrong usage or nothing there."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m wads_dist.checkpoint",
         description="Show or verify training checkpoints. Exit code: 0 good, 3 damaged, 2 wrong usage or none there.",
     )
     parser.add_argument("command", choices=("inspect", "verify"), help="verify reads and hashes every file")
-    parser.add_argument("path", type=Path, help="a checkpoint, a folder of them, a category's folder or a run's")
+    parser.add_argument("path", type=local_path, help="a checkpoint, a folder of them, a category's folder or a run's")
     parser.add_argument("--json", action="store_true", help="for machines")
     arguments = parser.parse_args(argv)
     found = find(arguments.path)

@@ -154,9 +154,10 @@ class DataConfig(_Section):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"given more than once: {', '.join(repeated)}")
-        for name in names:
-            if name != "all" and (problem := category_problem(name)):
-                raise ValueError(f"no category is called {quoted(name)}: that {problem}")
+        problems = [(name, category_problem(name)) for name in names if name != "all"]
+        wrong = [f"no category is called {quoted(name)}: that {problem}" for name, problem in problems if problem]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return names
 
     @field_validator("root")

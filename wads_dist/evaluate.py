@@ -90,7 +90,7 @@ def trained_config(folder: Path) -> Config:
     except Exception as error:
         raise ModelFileError(
             f"{path}: its header has no settings that this version of WADS-dist reads ({error}); score it with the version "
-            "that trained it"
+            "that trained it, or, if the file is damaged, train the category again"
         ) from error
 
 

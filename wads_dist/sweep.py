@@ -20,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shards.addresses import VARIABLE, looks_like_address, public, with_credentials, without_addresses
+from shards.addresses import VARIABLE, public, with_credentials
 from wads_dist import slurm
 from wads_dist.checkpoint_files import steps, write_text
 from wads_dist.config import ConfigError
@@ -60,8 +60,6 @@ def sweep(
         ConfigError, DataError: before anything is started, with every problem of every run.
         ResumeError: the folder holds another sweep.
     """
-    if looks_like_address(str(given.out)):
-        raise ConfigError([f"--out {without_addresses(str(given.out))}: must be a folder"])
     out = given.out.absolute()
     if given.task is not None:
         return run_task(load(out), given.task)

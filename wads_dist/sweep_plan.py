@@ -16,7 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from shards.addresses import looks_like_address, without_addresses
+from shards.addresses import without_addresses
 from shards.files import locked
 from shards.layout import find_categories
 from shards.names import category_problem, quoted, text_problem
@@ -144,8 +144,6 @@ def read_variants(path: Path, only: str | None = None) -> dict[str, dict[str, st
             else:
                 yield prefix + name, value if isinstance(value, str) else json.dumps(value)
 
-    if looks_like_address(str(path)):
-        raise ConfigError([f"--variants {without_addresses(str(path))}: must be a file"])
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

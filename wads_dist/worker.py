@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 
 from kernels.philox import shuffled
 from shards.addresses import public
+from shards.arguments import Parser, local_path
 from shards.names import category_problem, printable, quoted
 from shards.source import Dataset
 from shards.verify import open_category
@@ -322,14 +323,14 @@ def require_lease(lease: Path | None, ranks: Ranks) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--run", type=local_path, required=True, help="the run's folder")
     parser.add_argument("--category", required=True, type=category)
     parser.add_argument("--shards", required=True, help="location of the shards")
     parser.add_argument("--config", required=True, help="the launch's configuration")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of this rank")
     parser.add_argument("--cores", help="cores this rank may use, separated by commas; none: any")
-    parser.add_argument("--lease", type=Path, help="file that says that the category is this group's")
+    parser.add_argument("--lease", type=local_path, help="file that says that the category is this group's")
     parser.add_argument("--pulse", type=int, help="descriptor of the pipe on which the supervisor listens")
     arguments = parser.parse_args()
     stop, pulse = worker_signals(), Pulse()

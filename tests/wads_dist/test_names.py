@@ -1,17 +1,19 @@
 """Names and addresses from outside, as runs, models and sweeps read and write them."""
 
+import ast
 import hashlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch.sweep import parse
 from shards.addresses import VARIABLE, with_credentials
+from shards.arguments import Parser, local_path
 from shards.errors import DataError
 from shards.names import RESERVED
 from tests.wads_dist.test_run import SMALL, command
@@ -28,12 +30,13 @@ from wads_dist.predict import load_weights
 from wads_dist.record import Outcome, open_run, record_summary, refuse_links
 from wads_dist.rendezvous import launch_identity
 from wads_dist.run import locate_shards, train_run
-from wads_dist.sweep import command_line, sweep
+from wads_dist.sweep import command_line
 from wads_dist.sweep_plan import RECORD, TAKEN, load, parse_grid, plan_runs, read_variants
 
 WITH, WITHOUT = "https://alice:s3cr3t@host.example/mvtec?sig=t0ken", "https://host.example/mvtec"
 BANK = "https://alice:s3cr3t@host.example/banks/textures?sig=t0ken&v=2"
 SECRETS = ("alice", "s3cr3t", "t0ken")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +68,12 @@ def test_a_category_that_cannot_be_one_is_refused_on_the_command_line(name: str)
     with pytest.raises(ConfigError, match=r"data\.categories: got .*no category is called") as caught:
         load_config(["--data.categories", name])
     assert "\x1b" not in str(caught.value) and "\u202e" not in str(caught.value)
+
+
+def test_every_name_that_cannot_be_one_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"\.\./x.*a/b") as caught:
+        load_config(["--data.categories", "../x,nut,a/b"])
+    assert "'nut'" not in str(caught.value).partition(";")[2]
 
 
 def test_a_category_from_a_manifest_that_leads_out_of_the_run_ends_it(
@@ -316,14 +325,48 @@ def test_a_sweep_records_its_command_without_credentials(address: str, monkeypat
     assert clean(*words) and len(words) == 6 and words[-2].startswith("--data.textures=https://host")
 
 
-def test_a_sweep_has_no_address_for_a_folder() -> None:
+def _typed(source: Path) -> Iterator[tuple[str, str]]:
+    """Name and ``type`` of every argument that a program declares."""
+    for call in ast.walk(ast.parse(source.read_text())):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", "")) in (
+            "add_argument",
+            "add",
+        ):
+            named = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            if call.args and "type" in named:
+                yield ast.unparse(call.args[0]), named["type"]
+
+
+def test_no_command_takes_an_address_for_a_path() -> None:
+    """It would be a folder's name and stand in what is printed, password and all."""
+    programs = [
+        path
+        for folder in ("launch", "wads_dist", "shards", "benchmarks", "kernels")
+        for path in (ROOT / folder).glob("*.py")
+    ]
+    typed = [(path.name, *entry) for path in programs for entry in _typed(path)]
+    assert {kind for *_, kind in typed} >= {"local_path", "local", "int"}
+    assert not [entry for entry in typed if entry[2] in ("Path", "pathlib.Path", "str")]
+    assert not [path.name for path in programs if "argparse.ArgumentParser(" in path.read_text()]
+
+
+@pytest.mark.parametrize("address", HOSTILE)
+def test_an_address_in_the_place_of_a_path_is_refused_and_not_shown(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser()
+    parser.add_argument("run", type=local_path)
+    with pytest.raises(SystemExit):
+        parser.parse_args([address])
+    said = capsys.readouterr().err
+    assert clean(said) and "a folder or file is needed, not http" in said
+    with pytest.raises(SystemExit):
+        parser.parse_args(["folder", address])  # argparse itself shows what it does not know
+    assert clean(capsys.readouterr().err)
+
+
+def test_a_sweep_shows_no_address() -> None:
     for address in HOSTILE:
-        with pytest.raises(ConfigError, match=r"^--out .*http:/… \(an address\): must be a folder") as caught:
-            sweep(*parse(["--out", address]))
-        assert clean(caught.value)
-        with pytest.raises(ConfigError, match="must be a file") as caught:
-            read_variants(Path(address))
-        assert clean(caught.value)
         with pytest.raises(ConfigError, match=r"give SECTION.FIELD=VALUE") as caught:
             parse_grid([address.replace("=", "")])
         assert clean(caught.value)
