@@ -29,7 +29,7 @@ from wads_dist.distributed import Ranks
 from wads_dist.errors import WadsError
 from wads_dist.evaluate import MODEL, Part, load_model, score_report
 from wads_dist.metrics import binary_metrics
-from wads_dist.models import Wads
+from wads_dist.models import Scored, Wads
 
 SHOWN = {
     "as trained": lambda image, reconstruction: reconstruction,
@@ -44,13 +44,13 @@ class Shown(Wads):
 
     def __init__(self, model: Wads, shown: str) -> None:
         torch.nn.Module.__init__(self)
-        self.model, self.shown = model, SHOWN[shown]
+        self.model, self.shown, self.expert = model, SHOWN[shown], None
         model.error_weight = 0.0
 
     @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        reconstruction, _, code = self.model.predict(image)
-        return reconstruction, self.model.segment(image, self.shown(image, reconstruction)), code
+    def predict(self, image: Tensor, stored: Tensor | None = None) -> Scored:
+        reconstruction, _, code, _ = self.model.predict(image)
+        return Scored(reconstruction, self.model.segment(image, self.shown(image, reconstruction)), code)
 
 
 def scores(run: Path, settings: Sequence[str], ranks: Ranks) -> dict[str, dict[str, Any]]:

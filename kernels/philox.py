@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     MASK = 3
     LATTICE = 4
     TEXTURE = 5
+    BANK = 6
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:

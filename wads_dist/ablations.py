@@ -27,7 +27,7 @@ from wads_dist.distributed import Ranks
 from wads_dist.evaluate import MODEL, Part, load_model, score_report
 from wads_dist.lbp import lbp_maps
 from wads_dist.metrics import binary_metrics
-from wads_dist.models import Wads
+from wads_dist.models import Scored, Wads
 from wads_dist.sweep import sweep
 from wads_dist.sweep_plan import Sweep, load
 from wads_dist.sweep_report import SCORES, STOPPED, cell, spread, summarise
@@ -54,12 +54,12 @@ class LbpModel(Wads):
 
     def __init__(self, model: Wads) -> None:
         torch.nn.Module.__init__(self)
-        self.generator = model.generator
+        self.generator, self.expert = model.generator, None
 
     @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, image: Tensor, stored: Tensor | None = None) -> Scored:
         reconstruction, code = self.generator.reconstruct(image)
-        return reconstruction, lbp_maps(image, reconstruction.float()), code
+        return Scored(reconstruction, lbp_maps(image, reconstruction.float()), code)
 
 
 def ablations(given: argparse.Namespace, arguments: Sequence[str]) -> int:

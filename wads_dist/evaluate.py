@@ -17,6 +17,7 @@ from wads_dist.config import Config, EvaluationConfig, recorded_config
 from wads_dist.data import TestImages, evenly, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError
+from wads_dist.expert import EXPERTS, FeatureExpert
 from wads_dist.layers import use_kernels
 from wads_dist.metrics import BinaryMetrics, Truth, binary_metrics, image_score
 from wads_dist.models import Wads
@@ -114,7 +115,9 @@ def load_model(folder: Path, config: Config, device: torch.device) -> Wads:
     architecture = config.model.model_copy(update={"weights": "random", "freeze_batchnorm": False})
     model = Wads(architecture, config.data.image_size)
     try:
-        model.load_state_dict(load_file(path))
+        state = load_file(path)
+        model.expert = FeatureExpert.of_state(config.model.features, config.features, state)
+        model.load_state_dict(state)
     except Exception as error:
         raise ModelFileError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
     use_kernels(model, config.trainer.kernels)
@@ -189,6 +192,8 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     metrics |= {"mask_rule": config.evaluation.mask_rule, "small_components": sum(ranks.gather(part.small))}
     metrics["turned_images"] = sum(ranks.gather(part.turned))
     metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
+    if model.expert is not None:
+        metrics["experts"] = {name: pixel_report(pixels[name].metrics) for name in EXPERTS}
     test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
     metrics |= {"reconstruction": ranks.gather(health)[0], "test_images": total, "at_threshold": None}
@@ -207,7 +212,8 @@ class Part:
 
     def __init__(self, config: Config, ranks: Ranks, threshold: Threshold | None) -> None:
         self.config, self.device, self.threshold = config.evaluation, ranks.device, threshold
-        self.pixels = {name: pixel_scores(config.evaluation, ranks.device) for name in (MODEL, *DESCRIPTION)}
+        experts = EXPERTS if config.model.features != "none" else ()
+        self.pixels = {name: pixel_scores(config.evaluation, ranks.device) for name in (MODEL, *experts, *DESCRIPTION)}
         self.decisions, self.of_normal_images = Decisions(), Decisions()
         self.scores: list[float] = []
         self.anomalous: list[bool] = []
@@ -238,10 +244,12 @@ class Part:
     def add(self, model: Wads, test: TestImages, mean: Tensor | None, keep: list[int]) -> None:
         """Scores a batch; ``keep`` are those of its images that pictures are drawn from, ``mean`` the mean training image,
         without which there are no trivial scores."""
-        predictions = predict(model, test.images, self.config.batch_size, self.device)
+        predictions = predict(model, test.images, self.config.batch_size, self.device, test.stored)
         masked = torch.tensor(test.has_mask)  # a defect without a mask counts for the image metrics only
         truth = Truth.of(test.masks[masked])
         maps = {MODEL: predictions.probability.to(self.device)}
+        if predictions.surprises is not None:
+            maps |= dict(zip(EXPERTS, predictions.surprises.to(self.device).unbind(1), strict=True))
         if mean is not None:
             maps |= trivial_maps(mean.to(self.device), test.images.to(self.device))
         for name, values in maps.items():
@@ -312,11 +320,15 @@ def score_report(
     return report
 
 
+def pixel_report(metrics: BinaryMetrics) -> dict[str, Any]:
+    """The pixel metrics of a score that stands beside the model's."""
+    return {f"pixel_{key}": getattr(metrics, PIXEL_METRICS[key]) for key in ("auroc", "ap", "aupro")}
+
+
 def trivial_report(each: dict[str, BinaryMetrics]) -> dict[str, Any]:
     """The pixel metrics of each trivial detector, and the better one of each metric, which a model must beat; ``name`` is that
     with the better AUROC."""
-    names = ("auroc", "ap", "aupro")
-    reports = {name: {f"pixel_{key}": getattr(of, PIXEL_METRICS[key]) for key in names} for name, of in each.items()}
+    reports = {name: pixel_report(of) for name, of in each.items()}
     best = max(reports, key=lambda name: reports[name]["pixel_auroc"] or 0.0)
     highest = {
         key: max((of[key] for of in reports.values() if of[key] is not None), default=None) for key in reports[best]

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from kernels.synthesis import whole_images
 from shards.addresses import public
 from shards.errors import DataError
 from shards.files import sha256_file, write_atomically
@@ -35,7 +35,7 @@ from wads_dist.entry import REPOSITORY
 from wads_dist.errors import ExitCode, ModelFileError, WadsError
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
-from wads_dist.predict import DESCRIPTION, WEIGHTS, Description, load_weights, read_image, stored_image
+from wads_dist.predict import DESCRIPTION, WEIGHTS, Description, load_weights, network_input, read_image, stored_image
 from wads_dist.predict_files import find_images
 
 TOLERANCE = 1e-4
@@ -52,14 +52,19 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 class Deployed(nn.Module):
     """What is exported: images float32 [N, 3, H, H] in [0, 1] -> reconstruction [N, 3, H, H], anomaly probability [N, H, H],
-    image score [N]."""
+    image score [N]. A model with a frozen network takes the stored images, [N, 3, S, S]."""
 
-    def __init__(self, model: Wads, score_window: int) -> None:
+    def __init__(self, model: Wads, description: Description) -> None:
         super().__init__()
-        self.model, self.score_window = model, score_window
+        self.model, self.score_window = model, description.score_window
+        self.image_size = description.image_size
+        self.side = description.image_size if model.expert is None else description.store_size
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        reconstruction, probability, _ = self.model.predict(image)
+        stored, size = image, (self.image_size, self.image_size)
+        if self.model.expert is not None:
+            image = F.interpolate(image, size, mode="bilinear", align_corners=False)  # as ``whole_images``
+        reconstruction, probability, *_ = self.model.predict(image, stored)
         return reconstruction, probability, image_score(probability, self.score_window)
 
 
@@ -85,7 +90,8 @@ def export(
             raise ModelFileError(f"--format onnx needs {', '.join(missing)}: pip install '.[export]'")
     model, description, header = load_weights(folder)
     weights = folder / WEIGHTS if folder.is_dir() else folder
-    size, store = description.image_size, description.store_size
+    module = Deployed(model, description).eval()
+    size, store, side = description.image_size, description.store_size, module.side
     content = {
         "wads_dist": tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"],
         "torch": version("torch"),
@@ -93,24 +99,23 @@ def export(
         **asdict(description),
         "preprocessing": {
             "colour": "RGB; transparency over white; 16 bits divided by 257; turned upright by EXIF orientation",
-            "resize": f"to {store}x{store}, aspect not kept, Pillow's BILINEAR (antialiased), 8 bits; then to {size}x{size}, "
-            "bilinear, half-pixel centres, not antialiased",
+            "resize": f"to {store}x{store}, aspect not kept, Pillow's BILINEAR (antialiased), 8 bits"
+            + ("" if side == store else f"; then to {size}x{size}, bilinear, half-pixel centres, not antialiased"),
             "scale": "divided by 255",
-            "tensor": f"image: float32 [N, 3, {size}, {size}] in [0, 1]",
+            "tensor": f"image: float32 [N, 3, {side}, {side}] in [0, 1]",
         },
         "outputs": list(OUTPUTS),
         "config": public(header["config"]),  # an earlier version may have written credentials there
     }
-    tensors = parity_images(images, description)
+    tensors = parity_images(images, description, side)
     batches = [part for part in (tensors[:1], *tensors[1:].split(5)) if len(part)]  # of 1, of 5, and of what is left
-    module = Deployed(model, description.score_window).eval()
     expected = [module(batch) for batch in batches]
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as temporary:
         report: dict[str, Any] = {}
         for name in formats:
             path = Path(temporary) / FILES[name]
-            run = (export_onnx if name == "onnx" else export_torch)(module, size, path, json.dumps(content))
+            run = (export_onnx if name == "onnx" else export_torch)(module, side, path, json.dumps(content))
             differences = largest_differences(expected, run, batches)
             report[name] = {"file": path.name, "sha256": sha256_file(path), "parity": differences}
             report[name] |= {"opset": OPSET} if name == "onnx" else {}
@@ -133,15 +138,15 @@ def export(
     return content
 
 
-def parity_images(source: Path | None, description: Description) -> Tensor:
-    """float32 [N, 3, H, H]: at most MAX_IMAGES of the images in ``source`` that can be read, or 6 random ones.
+def parity_images(source: Path | None, description: Description, side: int) -> Tensor:
+    """float32 [N, 3, side, side], as stored or as the networks see them: at most MAX_IMAGES of the images in ``source`` that
+    can be read, or 6 random ones.
 
     Raises:
         DataError: there are none.
     """
-    size = description.image_size
     if source is None:
-        return torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return torch.rand(6, 3, side, side, generator=torch.Generator().manual_seed(0))
     stored: list[Tensor] = []
     for item in find_images([str(source)]):
         if len(stored) < MAX_IMAGES and item.problem is None:
@@ -151,7 +156,7 @@ def parity_images(source: Path | None, description: Description) -> Tensor:
                 continue  # launch/predict.py is where files are judged
     if not stored:
         raise DataError(f"--images {source}: holds no image that can be read; give a folder of images, or leave it out")
-    return whole_images(torch.stack(stored), size)
+    return network_input(torch.stack(stored), side)
 
 
 def largest_differences(expected: Sequence[Sequence[Tensor]], run: Run, batches: Sequence[Tensor]) -> dict[str, float]:

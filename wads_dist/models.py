@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -11,6 +12,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
+from wads_dist.expert import FeatureExpert
 from wads_dist.layers import GroupNorm, Pyramid, Up, bilinear_init_, set_padding, upsample
 
 BOTTLENECK = 4  # side of the last feature map before the latent code
@@ -192,6 +194,16 @@ class Segmenter(nn.Module):
         return self.head(torch.cat([upsample(x, seen), seen], 1))
 
 
+class Scored(NamedTuple):
+    """X̂ [N, 3, H, H], anomaly probability [N, H, H] float32, code Ẑ [N, latent]; with an expert, how surprised each of
+    ``expert.EXPERTS`` is, [N, 3, H, H]."""
+
+    reconstruction: Tensor
+    probability: Tensor
+    code: Tensor
+    surprises: Tensor | None = None
+
+
 class Wads(nn.Module):
     """Generator and segmenter, trained by one optimiser; segmentation gradients reach the generator unless told otherwise."""
 
@@ -202,6 +214,8 @@ class Wads(nn.Module):
         self.segmenter_gradient = config.segmenter_gradient
         self.sigma, self.error_weight = config.smoothing, config.error_weight
         self.precision = precision
+        self.expert: FeatureExpert | None = None
+        """Made after training, and for inference alone."""
 
     def forward(self, clean: Tensor, anomalous: Tensor, detach_code: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One pass of everything the objective needs, from X and X_a [N, 3, H, H] in [0, 1].
@@ -221,18 +235,45 @@ class Wads(nn.Module):
 
     @torch.no_grad()
     def segment(self, image: Tensor, reconstruction: Tensor) -> Tensor:
-        """Anomaly probability [N, H, H] float32 of an image beside a reconstruction [N, 3, H, H] in [0, 1].
+        """Anomaly probability [N, H, H] float32 of an image beside a reconstruction [N, 3, H, H] in [0, 1], by the segmenter
+        and the error.
 
         With an ``error_weight`` w the odds of p are multiplied by ((e + floor) / neutral)^w, a product of two experts: the
         segmenter knows the anomalies that were synthesised, the error e of the reconstruction those that were not.
         """
-        probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
         if not self.error_weight:
-            return self._smooth(probability).squeeze(1)
-        error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
-        probability, error = self._smooth(torch.cat([probability, error], 1)).unbind(1)
+            return self._smooth(torch.sigmoid(self.segmenter(image, reconstruction).float())).squeeze(1)
+        probability, error = self._segmented(image, reconstruction).unbind(1)
         favour = probability * ((error + ERROR_FLOOR) / ERROR_NEUTRAL) ** self.error_weight
         return favour / (favour + (1 - probability))
+
+    def _segmented(self, image: Tensor, reconstruction: Tensor) -> Tensor:
+        """[N, 2, H, H] float32: the segmenter's probability and the mean |X − X̂| over RGB, smoothed."""
+        probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
+        error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
+        return self._smooth(torch.cat([probability, error], 1))
+
+    @torch.no_grad()
+    def raw_scores(
+        self,
+        image: Tensor,
+        reconstruction: Tensor,
+        stored: Tensor,
+        expert: FeatureExpert,
+        left_out: Tensor | None = None,
+    ) -> Tensor:
+        """[N, 3, H, H] float32, as each of ``expert.EXPERTS`` has them: the segmenter's log odds, the error, the distance from
+        the bank.
+
+        Args:
+            image, reconstruction: [N, 3, H, H] in [0, 1].
+            stored: the same images as they are stored, [N, 3, S, S] in [0, 1].
+            left_out: bool [N, K], rows of the bank that do not count for an image.
+        """
+        probability, error = self._segmented(image, reconstruction).unbind(1)
+        # A float32 probability above 1 - 6e-8 is one, and has no odds.
+        odds = torch.logit(probability, eps=1e-6)
+        return torch.stack([odds, error, expert.distances(stored, image.shape[-1], left_out)], 1)
 
     def _smooth(self, maps: Tensor) -> Tensor:
         if not self.sigma:
@@ -241,10 +282,15 @@ class Wads(nn.Module):
         return gaussian_blur(maps, 2 * math.ceil(3 * self.sigma) + 1, self.sigma).clamp(0, 1)
 
     @torch.no_grad()
-    def predict(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image [N, 3, H, H] in [0, 1] -> X̂, anomaly probability [N, H, H] float32, code Ẑ [N, latent]."""
+    def predict(self, image: Tensor, stored: Tensor | None = None) -> Scored:
+        """Of images [N, 3, H, H] in [0, 1]; with an expert, ``stored`` are the same images as they are stored, [N, 3, S, S] in
+        [0, 1]."""
         reconstruction, code = self.generator.reconstruct(image)
-        return reconstruction, self.segment(image, reconstruction), code
+        if self.expert is None:
+            return Scored(reconstruction, self.segment(image, reconstruction), code)
+        assert stored is not None, "the frozen network reads the stored image"
+        surprises = self.expert.surprised(self.raw_scores(image, reconstruction, stored, self.expert))
+        return Scored(reconstruction, self.expert.probability(surprises), code, surprises)
 
 
 def load_backbone(name: str, weights: str) -> torchvision.models.ResNet:

@@ -31,8 +31,9 @@ from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.images import load_image, to_rgb, upright
 from shards.names import category_problem, quoted
-from wads_dist.config import DataConfig, EvaluationConfig, ModelConfig
+from wads_dist.config import DataConfig, EvaluationConfig, FeaturesConfig, ModelConfig
 from wads_dist.errors import ModelFileError, WadsError, is_out_of_memory
+from wads_dist.expert import FeatureExpert
 from wads_dist.layers import use_kernels
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
@@ -45,7 +46,7 @@ OUTLINE = (0, 255, 255)
 TOO_LARGE = "make it smaller, or allow it with --max-pixels (in Python: PIL.Image.MAX_IMAGE_PIXELS)"
 
 Network = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""float32 [N, 3, H, H] in [0, 1] -> anomaly probability [N, H, H], image score [N]; all float32 on the CPU."""
+"""Stored images uint8 [N, 3, S, S] -> anomaly probability [N, H, H], image score [N], float32; all on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,13 @@ class Detector:
         Raises:
             WadsError: the model gives numbers that are not finite.
         """
-        images = whole_images(stored, self.description.image_size)
-        maps, scores = images.new_empty(images[:, 0].shape), images.new_empty(len(images))
+        side = self.description.image_size
+        maps, scores = torch.empty(len(stored), side, side), torch.empty(len(stored))
         start = 0
-        while start < len(images):
+        while start < len(stored):
             part = slice(start, start + self.batch_size)
             try:
-                maps[part], scores[part] = self.network(images[part])
+                maps[part], scores[part] = self.network(stored[part])
             except Exception as error:
                 if self.batch_size == 1 or not is_out_of_memory(error):
                     raise
@@ -284,7 +285,7 @@ def load(
         network, description = load_onnx(path, where)
     else:
         wads, description, _ = load_weights(path)
-        network = torch_network(wads, description.score_window, where)
+        network = torch_network(wads, description, where)
     thresholds = resolve_thresholds(threshold, pixel_threshold, description.threshold)
     usual = (32 if where.type == "cpu" else 256) * 128**2 // description.image_size**2
     return Detector(network, description, thresholds, batch_size or max(1, usual))
@@ -322,8 +323,10 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
         # The sections that matter here only, so that settings of another version elsewhere do no harm.
         data, evaluation = DataConfig(**config["data"]), EvaluationConfig(**config["evaluation"])
         architecture = ModelConfig(**config["model"] | {"weights": "random", "freeze_batchnorm": False})
+        features = FeaturesConfig(**config.get("features", {}) | {"weights": None})
         with torch.device("meta"):
             model = Wads(architecture, data.image_size)
+            model.expert = FeatureExpert.of_state(architecture.features, features, state)
         model.load_state_dict(state, assign=True)
         use_kernels(model, "torch")  # Triton asks for a compiler, which there need not be where a model is used
         threshold = json.loads(header.get("threshold", "null"))
@@ -357,17 +360,24 @@ def _read_threshold(path: Path, of_training: dict[str, Any] | None) -> dict[str,
     return threshold if threshold == of_training else threshold | {"source": f"{path}, edited"}
 
 
-def torch_network(model: Wads, window: int, device: torch.device) -> Network:
+def torch_network(model: Wads, description: Description, device: torch.device) -> Network:
     """Runs in fp32 (no TF32): half precision ties scores."""
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     torch.backends.cudnn.allow_tf32 = False
 
     @torch.inference_mode()
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        _, probability, _ = model.predict(images.to(device, memory_format=torch.channels_last))
-        return probability.cpu(), image_score(probability, window).cpu()
+    def run(stored: Tensor) -> tuple[Tensor, Tensor]:
+        images = whole_images(stored, description.image_size).to(device, memory_format=torch.channels_last)
+        seen = None if model.expert is None else stored.to(device).float() / 255
+        probability = model.predict(images, seen).probability
+        return probability.cpu(), image_score(probability, description.score_window).cpu()
 
     return run
+
+
+def network_input(stored: Tensor, side: int) -> Tensor:
+    """uint8 [N, 3, S, S] -> float32 [N, 3, side, side] in [0, 1]."""
+    return stored.float() / 255 if stored.shape[-1] == side else whole_images(stored, side)
 
 
 def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description]:
@@ -391,7 +401,10 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description]:
         problem = f"{type(error).__name__}: {error}" if path.is_file() else "no such file"
         raise ModelFileError(f"{path}: not a model that launch/export.py has written ({problem})") from error
 
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+    side = session.get_inputs()[0].shape[-1]
+
+    def run(stored: Tensor) -> tuple[Tensor, Tensor]:
+        images = network_input(stored, side)
         probability, score = session.run(["probability", "score"], {"image": images.numpy()})
         return torch.from_numpy(probability), torch.from_numpy(score)
 

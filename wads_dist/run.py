@@ -133,6 +133,9 @@ def plan_run(config: Config) -> int:
 
 def describe(config: Config, plan: Plan, console: Console) -> None:
     """Says what is done already, who trains what is not, and who has nothing to do."""
+    if config.preset == "wads_features" and config.model.features == "none":
+        text = "preset wads_features without a frozen network (pip install '.[features]', or --model.features): as wads_plus"
+        console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for name in plan.categories:
         if (config.run.dir / name / METRICS).is_file():
             console.print(f"{name}: done already", highlight=False)
@@ -288,7 +291,8 @@ def check_settings(config: Config, world_size: int) -> None:
     """Finds what every worker would fail on, before the first one starts; but not packages that do not load.
 
     Raises:
-        ConfigError, DataError: batch and ranks, DeepSpeed's file, precision, or the texture bank do not work.
+        ConfigError, DataError, ModelWeightsError: batch and ranks, DeepSpeed's file, precision, the texture bank, or the frozen
+            network's weights do not work.
     """
     deepspeed_config(config, world_size)
     resolve_precision(config.trainer.precision, get_accelerator().device_name())
@@ -296,6 +300,10 @@ def check_settings(config: Config, world_size: int) -> None:
         from wads_dist.data import open_texture_bank  # and with it the kernels, which a supervisor does not need
 
         open_texture_bank(config.data.textures, config.data.cache)
+    if config.model.features != "none":
+        from wads_dist.features import load_network
+
+        load_network(config.model.features, config.features.weights)
 
 
 def conclude(config: Config, outcome: Outcome, categories: list[str], console: Console) -> None:

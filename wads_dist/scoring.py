@@ -24,32 +24,55 @@ Curves = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of M images: probability maps [M, H, H] float32, X̂ [M, 3, H, H] float32, codes [M, latent] float32."""
+    """Of M images: probability maps [M, H, H] float32, X̂ [M, 3, H, H] float32, codes [M, latent] float32; of a model with an
+    expert, ``surprises`` [M, 3, H, H] of ``expert.EXPERTS``."""
 
     probability: Tensor
     reconstruction: Tensor
     code: Tensor
+    surprises: Tensor | None = None
 
     def rows(self, chosen: Sequence[int]) -> "Predictions":
-        """Those of these images alone, in memory of their own."""
+        """Those of these images alone, in memory of their own, without the surprises."""
         index = list(chosen)
         return Predictions(self.probability[index], self.reconstruction[index], self.code[index])
 
     @classmethod
     def join(cls, parts: Sequence["Predictions"]) -> "Predictions":
         """One after the other; at least one."""
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__dataclass_fields__))
+        surprises = [part.surprises for part in parts if part.surprises is not None]
+        return cls(
+            torch.cat([part.probability for part in parts]),
+            torch.cat([part.reconstruction for part in parts]),
+            torch.cat([part.code for part in parts]),
+            torch.cat(surprises) if surprises else None,
+        )
 
 
 @torch.inference_mode()
-def predict(model: Wads, images: Tensor, batch_size: int, device: torch.device) -> Predictions:
-    """Runs the network in fp32: half precision would tie scores, and ties move every ranking metric. Returned on the CPU."""
+def predict(
+    model: Wads, images: Tensor, batch_size: int, device: torch.device, stored: Tensor | None = None
+) -> Predictions:
+    """Runs the network in fp32: half precision would tie scores, and ties move every ranking metric. Returned on the CPU.
+
+    Args:
+        images: float32 [M, 3, H, H] in [0, 1].
+        stored: the same, uint8 [M, 3, S, S], which a model with an expert reads.
+    """
     torch.backends.cudnn.allow_tf32 = False  # TF32 is no fp32
     parts = []
-    for batch in images.split(batch_size):
-        batch = batch.to(device, memory_format=torch.channels_last)
-        reconstruction, probability, code = model.predict(batch)
-        parts.append(Predictions(probability.cpu(), reconstruction.float().cpu().contiguous(), code.float().cpu()))
+    for first in range(0, len(images), batch_size):
+        part = slice(first, first + batch_size)
+        seen = stored[part].to(device).float() / 255 if model.expert is not None and stored is not None else None
+        scored = model.predict(images[part].to(device, memory_format=torch.channels_last), seen)
+        parts.append(
+            Predictions(
+                scored.probability.cpu(),
+                scored.reconstruction.float().cpu().contiguous(),
+                scored.code.float().cpu(),
+                None if scored.surprises is None else scored.surprises.cpu(),
+            )
+        )
     return Predictions.join(parts)
 
 

@@ -14,7 +14,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from kernels.synthesis import synthesise
+from kernels.synthesis import synthesise, whole_images
 from shards.source import Dataset
 from wads_dist.config import Config
 from wads_dist.data import (
@@ -24,7 +24,6 @@ from wads_dist.data import (
     decode_entries,
     synthesis_settings,
     texture_bank,
-    whole_entries,
 )
 from wads_dist.distributed import Ranks
 from wads_dist.metrics import Truth, binary_metrics, image_score
@@ -89,8 +88,9 @@ def from_normal(
     wanted = marked_at_most(evaluation.pixel_false_positive_rate, len(entries) * area) + 1
     scores, highest, origin = [], torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     for batch in rank_batches(len(entries), evaluation.batch_size, ranks):
-        images = whole_entries(dataset, category, entries[batch.start : batch.stop], config.data)
-        probability = predict(model, images, evaluation.batch_size, ranks.device).probability
+        stored = decode_entries(dataset, category, entries[batch.start : batch.stop], config.data.store_size)
+        images = whole_images(stored, config.data.image_size)
+        probability = predict(model, images, evaluation.batch_size, ranks.device, stored).probability
         scores += image_score(probability, evaluation.score_window).tolist()
         pixels = torch.cat([highest, probability.flatten()])
         origin = torch.cat([origin, torch.arange(batch.start, batch.stop).repeat_interleave(area)])

@@ -77,8 +77,8 @@ def validation_figure(trainer: Trainer, samples: ValidationSamples) -> NDArray[n
         return None
     model = separate_model(trainer.config, state).to(trainer.ranks.device)
     with torch.inference_mode():
-        reconstruction, probability, _ = model.predict(samples.batch.anomalous)
-        _, without, _ = model.predict(samples.batch.clean)
+        reconstruction, probability, *_ = model.predict(samples.batch.anomalous)
+        without = model.predict(samples.batch.clean).probability
     truth = samples.batch.mask.squeeze(1)
     title = f"{samples.source}, synthetic anomalies; after {trainer.progress.next_sample:,} samples"
     return draw([samples.batch.anomalous, reconstruction, truth, probability, without], title)

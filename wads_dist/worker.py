@@ -31,6 +31,7 @@ from shards.source import Dataset
 from shards.verify import open_category
 from wads_dist import checkpoint, validation
 from wads_dist.batch_probe import find_batch_size
+from wads_dist.calibration import fit_expert
 from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.data import TrainingData, TrainingSplit, rank_samples
 from wads_dist.deepspeed_config import read_settings
@@ -38,6 +39,7 @@ from wads_dist.distributed import Ranks, unname_shared_memory
 from wads_dist.entry import leave
 from wads_dist.errors import EXPLAINED, ExitCode, PreemptedError, RankLostError, exit_code
 from wads_dist.evaluate import evaluate, load_model, save_weights
+from wads_dist.features import load_network
 from wads_dist.guards import Requests, slowness
 from wads_dist.host_memory import keep_freed_memory
 from wads_dist.leases import METRICS, still_held
@@ -153,6 +155,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     """
     location, category, run = work.shards, work.category, work.run
     # Before the process group exists: a slow download must not run into its time-out.
+    frozen = None if config.model.features == "none" else load_network(config.model.features, config.features.weights)
     first = os.environ.get("RANK", "0") == "0"
     dataset = open_category(location, category, config.data.cache, decode_test=first)
     ranks = initialise(config, work.threads)
@@ -271,7 +274,14 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     if ranks.is_first:
         save_weights(state, folder, config, category)
     ranks.barrier()
-    evaluation = evaluate(load_model(folder, config, ranks.device), config, dataset, category, ranks)
+    model = load_model(folder, config, ranks.device)
+    if frozen:
+        model.expert = fit_expert(model, frozen[0], config, dataset, category, ranks)
+        require_lease(work.lease, ranks)
+        if ranks.is_first:
+            save_weights(model.state_dict(), folder, config, category)
+        ranks.barrier()
+    evaluation = evaluate(model, config, dataset, category, ranks)
     progress = trainer.progress
     if ranks.is_first:
         metrics = evaluation.metrics | {
@@ -286,6 +296,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "precision": trainer.precision,
             "backbone": f"{config.model.backbone} ({config.model.weights} weights)",
             "fingerprint": data.fingerprint,
+            "features": frozen[1] if frozen else None,
         }
         save_results(folder, category, evaluation, config)
         require_lease(work.lease, ranks)

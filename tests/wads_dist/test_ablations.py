@@ -80,7 +80,7 @@ def test_a_sweep_without_variants_is_as_before(settings: list[str], tmp_path: Pa
 
 def test_lbp_takes_the_place_of_the_segmenter(config: Config) -> None:
     model, images = Wads(config.model, 64).eval(), torch.rand(2, 3, 64, 64)
-    reconstruction, maps, code = LbpModel(model).eval().predict(images)
+    reconstruction, maps, code, _ = LbpModel(model).eval().predict(images)
     theirs = model.predict(images)
     assert torch.equal(reconstruction, theirs[0]) and torch.equal(code, theirs[2])
     assert torch.equal(maps, lbp_maps(images, reconstruction)) and not torch.equal(maps, theirs[1])

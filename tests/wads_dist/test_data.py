@@ -26,6 +26,7 @@ from wads_dist.data import (
 from wads_dist.distributed import Ranks
 from wads_dist.evaluate import evaluate
 from wads_dist.metrics import map_metrics
+from wads_dist.models import Scored
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -194,8 +195,10 @@ def test_thin_defects_are_in_the_truth(tmp_path: Path) -> None:
 class Brightness:
     """Stands in for the network: the probability is the image's red."""
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, x[:, 0].contiguous(), torch.zeros(len(x), 4)
+    expert = None
+
+    def predict(self, x: Tensor, stored: Tensor | None = None) -> Scored:
+        return Scored(x, x[:, 0].contiguous(), torch.zeros(len(x), 4))
 
 
 @pytest.mark.parametrize("orientation", [3, 6])

@@ -33,7 +33,7 @@ from wads_dist.evaluate import (
 from wads_dist.figures import chosen_rows, save_samples
 from wads_dist.histogram import Bounds
 from wads_dist.metrics import BinaryMetrics, map_metrics
-from wads_dist.models import Wads
+from wads_dist.models import Scored, Wads
 from wads_dist.scoring import PixelResult, Predictions, predict
 from wads_dist.thresholds import Threshold
 
@@ -121,8 +121,10 @@ def test_a_header_that_cannot_be_read_is_named(config: Config, tmp_path: Path) -
 class Painter:
     """Stands in for the network: the probability is the image's red."""
 
-    def predict(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return x, x[:, 0].contiguous(), torch.zeros(len(x), 4)
+    expert = None
+
+    def predict(self, x: torch.Tensor, stored: torch.Tensor | None = None) -> Scored:
+        return Scored(x, x[:, 0].contiguous(), torch.zeros(len(x), 4))
 
 
 def painted(config: Config, test: TestImages, red: torch.Tensor, threshold: Threshold | None = None) -> Part:
@@ -249,7 +251,7 @@ def test_numbers_curves_and_threshold_do_not_depend_on_the_number_of_ranks(
     held_out_shards: Path, run_ranks: Callable[..., list[str]]
 ) -> None:
     """To the last bit, on every rank; and the first rank has all images. More ranks than some of the steps have batches."""
-    settings = ["exact normal", "exact synthetic", "histogram normal"]
+    settings = ["exact normal", "exact synthetic", "histogram normal", "exact normal efficientnet_lite0"]
     outputs = {world: run_ranks("evaluation.py", world, str(held_out_shards), *settings) for world in (1, 2, 3)}
     expected = [json.loads(line) for line in outputs[1][0].splitlines()]
     assert len(expected) == len(settings) and all(e["metrics"]["pixel_auroc"] and e["threshold"] for e in expected)

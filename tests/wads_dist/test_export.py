@@ -15,9 +15,11 @@ from wads_dist.config import Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import WadsError
 from wads_dist.evaluate import save_weights
+from wads_dist.expert import FeatureExpert
 from wads_dist.export import DIFFERS, OUTPUTS, TOLERANCE, Deployed, export, export_command, export_onnx, export_torch
+from wads_dist.features import load_network
 from wads_dist.models import Wads
-from wads_dist.predict import load
+from wads_dist.predict import Description, load
 from wads_dist.thresholds import Threshold
 
 pytestmark = pytest.mark.slow  # exporting takes seconds
@@ -92,6 +94,27 @@ def test_parts_that_are_off_by_default_are_exported_too(tmp_path: Path) -> None:
     assert content["agrees"]
     for name in ("onnx", "torch"):
         assert max(content["formats"][name]["parity"].values()) <= TOLERANCE
+
+
+def test_a_frozen_network_and_its_bank_are_inside_the_export(tmp_path: Path) -> None:
+    """It takes stored images then; 128² here, which the frozen network reads at 96², antialiased."""
+    needs_onnx()
+    folder, settings = tmp_path / "nut", "--model.features efficientnet_lite0 --features.size 96"
+    model, config = trained(folder, f"{SMALL} {settings}")
+    network, _ = load_network("efficientnet_lite0")
+    model.expert = FeatureExpert(network, config.features, torch.randn(500, 152))
+    stored = torch.rand(4, 3, 128, 128)
+    image = torch.nn.functional.interpolate(stored, (64, 64), mode="bilinear")
+    with torch.no_grad():
+        model.expert.fit(model.raw_scores(image, model.generator.reconstruct(image)[0], stored, model.expert))
+    save_weights({k: v.contiguous() for k, v in model.state_dict().items()}, folder, config, "nut", THRESHOLDS)
+    content = export(folder, folder / "export", ["onnx", "torch"], None)
+    assert content["agrees"] and "[N, 3, 128, 128]" in content["preprocessing"]["tensor"]
+    assert max(max(content["formats"][name]["parity"].values()) for name in ("onnx", "torch")) <= TOLERANCE
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    of_run, of_onnx = (load(path, device="cpu").predict(picture) for path in (folder, folder / "export/model.onnx"))
+    assert abs(of_run.score - of_onnx.score) < TOLERANCE
+    assert np.abs(of_run.probability - of_onnx.probability).max() < TOLERANCE
 
 
 def test_any_number_of_images_goes_in(exported: tuple[Path, dict]) -> None:
@@ -223,7 +246,7 @@ def test_the_default_networks_agree_at_the_default_size(tmp_path: Path) -> None:
     model, config = trained(tmp_path / "nut", "")
     assert (config.model.backbone, config.data.image_size) == ("resnet50", 128)
     x = torch.rand(5, 3, 128, 128)
-    module = Deployed(model.eval(), config.evaluation.score_window)
+    module = Deployed(model.eval(), Description("nut", 128, 256, config.evaluation.score_window))
     with torch.no_grad():
         expected = module(x)
         for run, path in ((export_onnx, "a.onnx"), (export_torch, "a.pt2")):

@@ -76,7 +76,7 @@ def brightness(batch_size: int = 4) -> Detector:
     """A detector whose map is the image's brightness: what it must say of an image is plain to see."""
 
     def network(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        probability = images.mean(1)
+        probability = images.float().mean(1) / 255
         return probability, image_score(probability, 5)
 
     return Detector(network, Description("nut", SIZE, SIZE, 5), Thresholds(0.5, 0.5, "given"), batch_size)
@@ -232,7 +232,7 @@ def test_scores_that_are_not_finite_are_no_verdict() -> None:
     """NaN is below every threshold: it would pass for normal."""
 
     def damaged(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return images.mean(1), torch.full((len(images),), torch.nan)
+        return images[:, 0].float(), torch.full((len(images),), torch.nan)
 
     with pytest.raises(WadsError, match="not finite"):
         replace(brightness(), network=damaged).predict(photograph())

@@ -15,7 +15,7 @@ from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, TrainingSplit, mean_image, whole_entries
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ResumeError
-from wads_dist.models import Wads
+from wads_dist.models import Scored, Wads
 from wads_dist.record import open_run
 from wads_dist.scoring import predict
 from wads_dist.thresholds import (
@@ -200,8 +200,10 @@ def test_a_threshold_of_a_network_that_is_always_sure_warns(shards: Path) -> Non
 class AlwaysSure:
     """Stands in for a network that has collapsed: everything is anomalous."""
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, torch.ones(len(x), *x.shape[2:]), torch.zeros(len(x), 4)
+    expert = None
+
+    def predict(self, x: Tensor, stored: Tensor | None = None) -> Scored:
+        return Scored(x, torch.ones(len(x), *x.shape[2:]), torch.zeros(len(x), 4))
 
 
 def test_without_images_held_out_there_is_a_reason(demo_shards: Path, shards: Path) -> None:
@@ -219,8 +221,10 @@ def test_without_images_held_out_there_is_a_reason(demo_shards: Path, shards: Pa
 class BrightPixels:
     """Stands in for the network: whatever differs from a smooth picture is anomalous."""
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, (x - gaussian_blur(x, 8.0)).abs().mean(1), torch.zeros(len(x), 4)
+    expert = None
+
+    def predict(self, x: Tensor, stored: Tensor | None = None) -> Scored:
+        return Scored(x, (x - gaussian_blur(x, 8.0)).abs().mean(1), torch.zeros(len(x), 4))
 
 
 def test_synthetic_anomalies_give_thresholds_that_find_some(shards: Path) -> None:

