@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from kernels import native
 from kernels.synthesis import SynthesisSettings, synthesise
-from shards.arguments import Parser
+from shards.arguments import Parser, local
 from shards.textures import procedural_textures
 from wads_dist.kernel_peers import draem_sample
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--json", type=local, help="also write the numbers to this file")
     arguments = parser.parse_args()
     native._library()  # compiled before anything is timed; refuses to time the fallback
     context = multiprocessing.get_context("spawn")

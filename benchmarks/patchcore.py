@@ -4,7 +4,8 @@
 
 For every category: pixel AUROC, AP and AUPRO and image AUROC by this project's own metrics, of a bank of 10 % of the patches of
 at most 120 normal training images, drawn at random; images read at 224², maps at strides 8 and 16, nearest neighbour, a
-Gaussian of four pixels of 224. The bank inside ``--preset wads_features`` (`wads_dist/expert.py`) is the same, of all images.
+Gaussian of four pixels of 224. The bank of ``--preset wads_features`` (`wads_dist/expert.py`) is the same,
+of up to 1,000 images and 10,000 patches.
 Exit code 2: wrong usage or no weights; 3: the data.
 """
 
@@ -21,8 +22,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from shards.addresses import address_problem, public, take_credentials
 from shards.arguments import Parser, local_path
 from shards.errors import DataError
+from shards.names import printable
 from shards.source import Dataset
 from wads_dist.calibration import build_bank
 from wads_dist.config import Config, DataConfig, EvaluationConfig, FeaturesConfig, ModelConfig
@@ -83,21 +86,27 @@ def main() -> int:
     add("--images", type=int, default=120, help="normal images of the bank, at most (default: %(default)s)")
     add("--json", type=local_path, help="also write the numbers there")
     given = parser.parse_args()
+    if problem := address_problem(given.shards):
+        parser.error(f"argument shards: {problem}")
+    if given.store_size < given.image_size:
+        parser.error(f"argument --store-size: {given.store_size} is less than --image-size {given.image_size}")
     config = Config(
-        data=DataConfig(shards=given.shards, image_size=given.image_size, store_size=given.store_size),
+        data=DataConfig(
+            shards=take_credentials(given.shards), image_size=given.image_size, store_size=given.store_size
+        ),
         model=ModelConfig(features=given.network),
         features=FeaturesConfig(images=given.images),
         evaluation=EvaluationConfig(mask_rule=given.mask_rule, score_window=given.image_size // 16 * 2 - 1),
     )
     table, results = Table("category", *SCORES, "patches", "s"), {}
     try:
-        dataset = Dataset.open(given.shards, cache=config.data.cache)
+        dataset = Dataset.open(str(config.data.shards), cache=config.data.cache)
         for name in given.categories.split(",") if given.categories else dataset.categories("images"):
             results[name] = found = patchcore(dataset, name, config, given.imagenet)
             shown = ["–" if found[score] is None else f"{found[score]:.3f}" for score in SCORES]
             table.add_row(name, *shown, str(found["patches"]), f"{found['seconds']:.0f}")
     except (DataError, ModelWeightsError) as error:
-        Console(stderr=True).print(str(error), style="red", soft_wrap=True)
+        Console(stderr=True).print(printable(public(str(error))), style="red", markup=False, soft_wrap=True)
         return 3 if isinstance(error, DataError) else 2
     Console().print(table)
     if given.json:

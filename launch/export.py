@@ -16,7 +16,8 @@ from wads_dist.export import DIFFERS, FILES, MAX_IMAGES, TOLERANCE, export_comma
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         description=f"Writes {', '.join(FILES.values())} and model.json (preprocessing, thresholds, versions, parity). "
-        "Each takes images float32 [N, 3, H, H] in [0, 1] and gives reconstruction, probability map and image score.",
+        "Each takes images float32 [N, 3, H, H] in [0, 1] (of a model with a frozen network as they are stored, [N, 3, S, S]) "
+        "and gives reconstruction, probability map and image score.",
         epilog=f"Exit code 0: exported; 1: the files cannot be written; 2: bad arguments, no usable model, or packages that "
         f"are missing; 3: no image in --images can be read; {DIFFERS}: an export differs from the checkpoint by more than "
         f"--tolerance, and nothing is written; 130: interrupted.",

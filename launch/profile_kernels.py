@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from kernels.objective import WINDOW
-from shards.arguments import Parser, local_path
+from shards.arguments import Parser, local, local_path
 from wads_dist.entry import check_checkout
 from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS, LAYOUTS
 from wads_dist.kernel_profile import KERNELS, Options, candidates, cases, profile_kernels
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> Options:
     add("--layout", nargs="+", choices=LAYOUTS, default=LAYOUTS[:1], dest="layouts", help="of the objective's images (default: "
         "contiguous; training's is channels_last)")  # fmt: skip
     add("--no-compiled", action="store_false", dest="compiled", help="no report on kernels compiled for other devices")
-    add("--json", help="JSON file, written as results come; - for standard output, at the end")
+    add("--json", type=local, help="JSON file, written as results come; - for standard output, at the end")
     add(
         "--csv",
         type=local_path,

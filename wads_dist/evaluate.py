@@ -1,5 +1,6 @@
 """Scores of a trained model on the test split, its threshold, and what says whether the reconstructor works."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from wads_dist.config import Config, EvaluationConfig, recorded_config
 from wads_dist.data import TestImages, evenly, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError
-from wads_dist.expert import EXPERTS, FeatureExpert
+from wads_dist.expert import EXPERTS, ONE_IN_A_THOUSAND, FeatureExpert
 from wads_dist.layers import use_kernels
 from wads_dist.metrics import BinaryMetrics, Truth, binary_metrics, image_score
 from wads_dist.models import Wads
@@ -48,10 +49,18 @@ IMAGE_METRICS = {"auroc": "auroc", "ap": "average_precision", "f1_max": "f1_max"
 
 
 def save_weights(
-    state: dict[str, Tensor], folder: Path, config: Config, category: str, threshold: Threshold | None = None
+    state: dict[str, Tensor],
+    folder: Path,
+    config: Config,
+    category: str,
+    threshold: Threshold | None = None,
+    features: dict[str, str] | None = None,
 ) -> None:
-    """Generator and segmenter as safetensors, with the configuration they need, and the threshold, in the header."""
+    """Generator, segmenter and expert as safetensors; in the header the configuration they need, the threshold, and where the
+    frozen network came from, with its licence (``features``, as ``load_network`` returns it)."""
     metadata = {"category": category, "config": config.to_toml()}
+    if features:
+        metadata["features"] = json.dumps(features)
     _write(folder, state, metadata | ({"threshold": threshold.to_json()} if threshold else {}))
 
 
@@ -173,7 +182,7 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     curves, which do not depend on how many ranks there are.
 
     A rank holds one batch of images and its part of what is kept, besides what ``scoring`` keeps of the pixels (exact
-    metrics: of three sets of maps, the model's and two trivial ones, 12 bytes a pixel).
+    metrics: of three sets of maps, the model's and two trivial ones, 12 bytes a pixel; of six with an expert).
 
     Raises:
         DataError: the category has no test images.
@@ -249,7 +258,10 @@ class Part:
         truth = Truth.of(test.masks[masked])
         maps = {MODEL: predictions.probability.to(self.device)}
         if predictions.surprises is not None:
-            maps |= dict(zip(EXPERTS, predictions.surprises.to(self.device).unbind(1), strict=True))
+            bounded = predictions.surprises / (
+                predictions.surprises + ONE_IN_A_THOUSAND
+            )  # for histograms; the order stays
+            maps |= dict(zip(EXPERTS, bounded.to(self.device).unbind(1), strict=True))
         if mean is not None:
             maps |= trivial_maps(mean.to(self.device), test.images.to(self.device))
         for name, values in maps.items():

@@ -23,6 +23,8 @@ from wads_dist.features import FrozenNetwork
 BANK = "expert.bank"
 """Among a trained model's weights."""
 EXPERTS = ("segmenter", "error", "bank")
+BANK_PART = 1024
+"""Rows of the bank that an exported graph compares a batch with at a time."""
 BANK_SIGMA = 1 / 56
 """Of the Gaussian over the bank's distances, as a fraction of the side: four pixels of 224, as in PatchCore."""
 ONE_IN_A_THOUSAND = 3.0
@@ -45,13 +47,19 @@ class Surprise(nn.Module):
             self.register_buffer(name, torch.zeros(len(TAIL)))
 
     def fit(self, normal: Tensor) -> None:
-        """From the scores of normal pixels, float32 of any shape; at least ``len(TAIL)`` of them, and finite."""
+        """From the scores of normal pixels, float32 of any shape.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         values = normal.flatten().double().sort().values
+        if not values.isfinite().all():
+            raise ValueError("scores of normal images are not finite")
         tail = torch.tensor(TAIL, dtype=torch.float64)
         score = values[((1 - tail) * (len(values) - 1)).round().long()]
         surprise = -tail.log10()
-        # Scores that many pixels share have the surprise of the highest knot among them; the spacing keeps slopes finite.
-        spacing = 1e-6 * (score[-1] - score[0]).clamp_min(1e-6)
+        # Where many pixels share a score, knots are moved apart: a step would make as much of rounding as of a defect.
+        spacing = 1e-3 * (score[-1] - score[0]).clamp_min(1e-6)
         gap = (score[1:] - score[:-1]).clamp_min(spacing)
         score = torch.cat([score[:1], score[0] + gap.cumsum(0)])
         excess = (values[values >= score[-1]] - score[-1]).mean().nan_to_num().clamp_min(spacing)
@@ -86,8 +94,14 @@ class FeatureExpert(nn.Module):
 
     @classmethod
     def of_state(cls, features: str, config: FeaturesConfig, state: dict[str, Tensor]) -> "FeatureExpert | None":
-        """With room for what a trained model's ``state`` holds of an expert; None if it holds none."""
+        """With room for what a trained model's ``state`` holds of an expert; None if it holds none.
+
+        Raises:
+            ValueError: it holds one and ``model.features`` is none, or the other way round.
+        """
         bank = state.get(BANK)
+        if (bank is None) != (features == "none"):
+            raise ValueError(f"model.features is {features}, and the weights have {'no' if bank is None else 'a'} bank")
         return None if bank is None else cls(FrozenNetwork(features), config, torch.empty_like(bank))
 
     def distances(self, stored: Tensor, side: int, left_out: Tensor | None = None) -> Tensor:
@@ -136,21 +150,21 @@ def embed(fine: Tensor, coarse: Tensor) -> Tensor:
 def nearest(patches: Tensor, bank: Tensor, left_out: Tensor | None = None) -> Tensor:
     """Euclidean distance [N, h, w] of patches [N, D, h, w] to the nearest row of ``bank`` [K, D]; ``left_out`` bool [N, K]:
     rows that do not count for an image."""
-    norms, rows = bank.square().sum(1), patches.flatten(2).transpose(1, 2)
-
-    def squares(images: Tensor) -> Tensor:
-        return images.square().sum(-1, keepdim=True) + norms - 2 * images @ bank.T
-
+    rows = patches.flatten(2).transpose(1, 2)
     if torch.compiler.is_exporting():  # a graph has no loop over a batch whose size is free
-        least = squares(rows).amin(-1)
+        parts = [_squares(rows, part).amin(-1) for part in bank.split(BANK_PART)]
+        least = torch.stack(parts).amin(0)
     else:  # h·w·K distances at a time
-        least = torch.stack(
-            [
-                (squares(image) if left_out is None else squares(image).masked_fill(left_out[i], math.inf)).amin(-1)
-                for i, image in enumerate(rows)
-            ]
-        )
+        each = (_squares(image, bank) for image in rows)
+        if left_out is not None:
+            each = (squares.masked_fill(left, math.inf) for squares, left in zip(each, left_out, strict=True))
+        least = torch.stack([squares.amin(-1) for squares in each])
     return least.clamp_min(0).sqrt().unflatten(1, tuple(patches.shape[2:]))
+
+
+def _squares(patches: Tensor, bank: Tensor) -> Tensor:
+    """[..., n, D] and [K, D] → [..., n, K]."""
+    return patches.square().sum(-1, keepdim=True) + bank.square().sum(1) - 2 * patches @ bank.T
 
 
 class Chosen(NamedTuple):

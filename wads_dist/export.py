@@ -106,6 +106,7 @@ def export(
         },
         "outputs": list(OUTPUTS),
         "config": public(header["config"]),  # an earlier version may have written credentials there
+        "features": json.loads(header.get("features", "null")),
     }
     tensors = parity_images(images, description, side)
     batches = [part for part in (tensors[:1], *tensors[1:].split(5)) if len(part)]  # of 1, of 5, and of what is left

@@ -1,7 +1,7 @@
 """Frozen networks that somebody else trained on ImageNet, and what they see of an image: maps at strides 8 and 16.
 
 They are never trained here. Their weights come from a package, from torchvision or from a file once, when a bank is built
-(`bank.py`), and travel in ``weights.safetensors`` from then on, so that who uses a model needs neither.
+(`calibration.py`), and travel in ``weights.safetensors`` from then on, so that who uses a model needs neither.
 """
 
 import hashlib

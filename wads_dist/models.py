@@ -241,17 +241,13 @@ class Wads(nn.Module):
         With an ``error_weight`` w the odds of p are multiplied by ((e + floor) / neutral)^w, a product of two experts: the
         segmenter knows the anomalies that were synthesised, the error e of the reconstruction those that were not.
         """
+        probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
         if not self.error_weight:
-            return self._smooth(torch.sigmoid(self.segmenter(image, reconstruction).float())).squeeze(1)
-        probability, error = self._segmented(image, reconstruction).unbind(1)
+            return self._smooth(probability).squeeze(1)
+        error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
+        probability, error = self._smooth(torch.cat([probability, error], 1)).unbind(1)
         favour = probability * ((error + ERROR_FLOOR) / ERROR_NEUTRAL) ** self.error_weight
         return favour / (favour + (1 - probability))
-
-    def _segmented(self, image: Tensor, reconstruction: Tensor) -> Tensor:
-        """[N, 2, H, H] float32: the segmenter's probability and the mean |X − X̂| over RGB, smoothed."""
-        probability = torch.sigmoid(self.segmenter(image, reconstruction).float())
-        error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
-        return self._smooth(torch.cat([probability, error], 1))
 
     @torch.no_grad()
     def raw_scores(
@@ -270,16 +266,17 @@ class Wads(nn.Module):
             stored: the same images as they are stored, [N, 3, S, S] in [0, 1].
             left_out: bool [N, K], rows of the bank that do not count for an image.
         """
-        probability, error = self._segmented(image, reconstruction).unbind(1)
-        # A float32 probability above 1 - 6e-8 is one, and has no odds.
-        odds = torch.logit(probability, eps=1e-6)
-        return torch.stack([odds, error, expert.distances(stored, image.shape[-1], left_out)], 1)
+        odds = self.segmenter(image, reconstruction).float()
+        error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
+        smoothed = self._blurred(torch.cat([odds, error], 1))
+        return torch.cat([smoothed, expert.distances(stored, image.shape[-1], left_out)[:, None]], 1)
 
     def _smooth(self, maps: Tensor) -> Tensor:
-        if not self.sigma:
-            return maps
         # torchvision's Gaussian sums to one but for rounding, and may leave [0, 1].
-        return gaussian_blur(maps, 2 * math.ceil(3 * self.sigma) + 1, self.sigma).clamp(0, 1)
+        return self._blurred(maps).clamp(0, 1)
+
+    def _blurred(self, maps: Tensor) -> Tensor:
+        return gaussian_blur(maps, 2 * math.ceil(3 * self.sigma) + 1, self.sigma) if self.sigma else maps
 
     @torch.no_grad()
     def predict(self, image: Tensor, stored: Tensor | None = None) -> Scored:

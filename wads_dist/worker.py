@@ -271,15 +271,18 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     pulse.mark("evaluate", trainer.progress.step)
     state = trainer.inference_state()
     require_lease(work.lease, ranks)
+    # Until it has its expert, what is published is a whole model without one.
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"features": "none"})})
     if ranks.is_first:
-        save_weights(state, folder, config, category)
+        save_weights(state, folder, plain, category)
     ranks.barrier()
-    model = load_model(folder, config, ranks.device)
+    model = load_model(folder, plain, ranks.device)
     if frozen:
         model.expert = fit_expert(model, frozen[0], config, dataset, category, ranks)
         require_lease(work.lease, ranks)
         if ranks.is_first:
-            save_weights(model.state_dict(), folder, config, category)
+            finished = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+            save_weights(finished, folder, config, category, features=frozen[1])
         ranks.barrier()
     evaluation = evaluate(model, config, dataset, category, ranks)
     progress = trainer.progress

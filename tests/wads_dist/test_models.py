@@ -132,7 +132,7 @@ def test_skip_connections_keep_the_decoder_in_channels_last() -> None:
 
 def test_training_and_prediction_reconstruct_alike_through_skip_connections() -> None:
     wads, x = Wads(SKIPS, 64).eval(), torch.rand(2, 3, 64, 64)
-    reconstruction, _, code = wads.predict(x)
+    reconstruction, _, code, _ = wads.predict(x)
     trained, _, _, trained_code = wads(x.flip(0), x, True)
     assert torch.equal(reconstruction, trained) and torch.equal(code, trained_code)
 

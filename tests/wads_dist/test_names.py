@@ -325,16 +325,23 @@ def test_a_sweep_records_its_command_without_credentials(address: str, monkeypat
     assert clean(*words) and len(words) == 6 and words[-2].startswith("--data.textures=https://host")
 
 
+PATHS = {"--json", "--out", "--trace", "--csv", "--plot", "--model", "--folder", "--run", "--variants", "--lease"}
+PATHS |= {"run", "path", "model", "input", "FILE", "DIR", "RUN", "SWEEP"}
+
+
 def _typed(source: Path) -> Iterator[tuple[str, str]]:
-    """Name and ``type`` of every argument that a program declares."""
+    """Name and ``type`` of every argument that a program declares, if it has one or is, by name or metavar, a path."""
     for call in ast.walk(ast.parse(source.read_text())):
         if isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", "")) in (
             "add_argument",
             "add",
         ):
-            named = {word.arg: ast.unparse(word.value) for word in call.keywords}
-            if call.args and "type" in named:
-                yield ast.unparse(call.args[0]), named["type"]
+            named = {word.arg: ast.unparse(word.value).strip("'") for word in call.keywords}
+            if not call.args or "action" in named or not isinstance(call.args[0], ast.Constant):
+                continue
+            name = str(call.args[0].value)
+            if "type" in named or {name, named.get("metavar")} & PATHS:
+                yield name, named.get("type", "nothing")
 
 
 def test_no_command_takes_an_address_for_a_path() -> None:
@@ -347,6 +354,10 @@ def test_no_command_takes_an_address_for_a_path() -> None:
     typed = [(path.name, *entry) for path in programs for entry in _typed(path)]
     assert {kind for *_, kind in typed} >= {"local_path", "local", "int"}
     assert not [entry for entry in typed if entry[2] in ("Path", "pathlib.Path", "str")]
+    # What is described and verified may be at an address.
+    paths = [entry for entry in typed if entry[1] in PATHS or entry[2] == "nothing"]
+    wrong = [entry for entry in paths if entry[2] not in ("local", "local_path") and entry[1] != "location"]
+    assert len(paths) > 20 and not wrong
     assert not [path.name for path in programs if "argparse.ArgumentParser(" in path.read_text()]
 
 

@@ -52,7 +52,8 @@ def events(run: Path, category: str) -> list[dict[str, object]]:
 @pytest.mark.slow
 def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    together = ["--parallel.ranks_per_category", "2"]
+    frozen = ["--model.features", "efficientnet_lite0", "--features.size", "96"]
+    together = ["--parallel.ranks_per_category", "2", *frozen]
     first = launch(command(demo_shards, run, *together), ranks=2)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
     summary = json.loads((run / "summary.json").read_text())
@@ -63,6 +64,7 @@ def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tm
             assert 0 <= metrics[key] <= 1
         assert metrics["images_per_second"] > 0 and metrics["seconds"] > 0
         assert {"pixel_auroc", "pixel_ap"} <= metrics["trivial"].keys()
+        assert metrics["experts"].keys() == {"segmenter", "error", "bank"} and metrics["features"]["licence"]
         assert {"ssim", "mean_image_ssim", "follows_input", "code_spread"} <= metrics["reconstruction"].keys()
         assert (run / name / "samples.png").read_bytes()[:4] == b"\x89PNG"
         assert json.loads((run / name / "metrics.json").read_text()) == metrics
@@ -84,6 +86,11 @@ def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tm
     assert main(evaluate_run, ["--config", str(run / "config.toml")]) == 0
     again_mean = json.loads((run / "summary.json").read_text())["mean"]["pixel_auroc"]
     assert again_mean == pytest.approx(mean, abs=1e-6)
+    name = next(iter(summary["categories"]))
+    again_metrics = json.loads((run / name / "metrics.json").read_text())
+    assert (
+        again_metrics["experts"]["bank"]["pixel_auroc"] == summary["categories"][name]["experts"]["bank"]["pixel_auroc"]
+    )
     assert all((run / name / file).is_file() for name in summary["categories"] for file in written)
 
 
