@@ -13,6 +13,7 @@ from torchvision.transforms.functional import gaussian_blur
 from wads_dist.config import ModelConfig
 from wads_dist.errors import ModelWeightsError
 from wads_dist.expert import FeatureExpert
+from wads_dist.features import IMAGENET
 from wads_dist.layers import GroupNorm, Pyramid, Up, bilinear_init_, set_padding, upsample
 
 BOTTLENECK = 4  # side of the last feature map before the latent code
@@ -146,8 +147,7 @@ class Segmenter(nn.Module):
         resnet, fpn_width = load_backbone(config.backbone, config.weights), config.fpn_width
         self.difference, self.freeze_batchnorm = config.difference, config.freeze_batchnorm
         seen = 9 if config.difference else 6
-        stem = widen(resnet.conv1, seen, keep=config.weights != "random")
-        self.stem = nn.Sequential(stem, resnet.bn1, resnet.relu)
+        self.stem = nn.Sequential(*widen(resnet, seen, loaded=config.weights != "random"), resnet.relu)
         self.pool = resnet.maxpool
         self.stages = nn.ModuleList([resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4])
         widths = [resnet.fc.in_features // 2**i for i in (3, 2, 1, 0)]
@@ -327,17 +327,26 @@ def load_backbone(name: str, weights: str) -> torchvision.models.ResNet:
     return resnet
 
 
-def widen(conv: nn.Conv2d, channels: int, keep: bool) -> nn.Conv2d:
-    """The ResNet's first convolution for the channels of (X_a, X̂) and perhaps their difference. Loaded weights are halved and
-    used for both images, so that an image beside a perfect reconstruction excites the stem as the image alone did."""
-    wide = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)  # type: ignore[arg-type]
-    if keep:
-        with torch.no_grad():
-            wide.weight[:, :6].copy_(torch.cat([conv.weight, conv.weight], 1) / 2)
-            wide.weight[:, 6:].zero_()
-    else:
+def widen(resnet: torchvision.models.ResNet, channels: int, loaded: bool) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """The ResNet's first convolution, for the channels of (X_a, X̂) and perhaps their difference, and its normalisation.
+
+    Loaded weights are halved and used for both images, so that an image beside a perfect reconstruction excites the stem as the
+    image alone did. They were trained on (x − mean) / deviation, and are shown 2x − 1: the difference of scale goes into the
+    weights, that of the mean into the statistics of the normalisation.
+    """
+    conv, norm = resnet.conv1, resnet.bn1
+    wide = nn.Conv2d(channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    if not loaded:
         nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
-    return wide
+        return wide, norm
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+    with torch.no_grad():
+        scaled = conv.weight * (0.5 / deviation)
+        wide.weight[:, :6].copy_(torch.cat([scaled, scaled], 1) / 2)
+        wide.weight[:, 6:].zero_()
+        assert norm.running_mean is not None
+        norm.running_mean.sub_((conv.weight * (0.5 - mean) / deviation).sum((1, 2, 3)))
+    return wide, norm
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
