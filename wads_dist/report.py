@@ -23,6 +23,7 @@ from wads_dist.checkpoint_files import write_text
 from wads_dist.leases import METRICS
 from wads_dist.report_data import (
     EXAMPLES,
+    EXPERT_SCORES,
     IMAGE_SCORES,
     PIXEL_SCORES,
     SCORES,
@@ -354,13 +355,14 @@ def render(record: RunRecord) -> str:
         }
         for c, anchor in zip(record.categories, anchors(record), strict=True)
     ]
+    experts = [EXPERT_SCORES] if any(c.score(path) is not None for c in record.done for path in EXPERT_SCORES) else []
     return environment.get_template(TEMPLATE).render(
         name=record.status.run.absolute().name,
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(record.status.time)),
         complete=record.status.complete,
         headline=headline(record),
         missing=list(missing(record)),
-        scores=[score_table(record, PIXEL_SCORES), score_table(record, IMAGE_SCORES)],
+        scores=[score_table(record, scores) for scores in (PIXEL_SCORES, IMAGE_SCORES, *experts)],
         paper=paper,
         has_paper=record.has_paper,
         mask_rules=" and ".join(sorted({c.mask_rule for c in record.done})),

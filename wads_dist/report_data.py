@@ -31,6 +31,12 @@ PIXEL_SCORES = {
 }
 IMAGE_SCORES = {"image_auroc": "image AUROC", "image_ap": "image AP", "image_f1_max": "image F1-max"}
 SCORES = PIXEL_SCORES | IMAGE_SCORES
+EXPERT_SCORES = {
+    f"experts.{expert}.pixel_{metric}": f"{expert} {metric.upper()}"
+    for metric in ("auroc", "ap", "aupro")
+    for expert in ("segmenter", "error", "bank")
+}
+"""Of each expert of a model with a frozen network by itself (docs/metrics.md)."""
 
 
 def lookup(tree: Any, path: str) -> Any:

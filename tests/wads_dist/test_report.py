@@ -258,6 +258,14 @@ def test_a_model_below_the_trivial_score_is_marked(run: Path) -> None:
     assert page_of(run).row("gear")[1:5] == ["0.900", "0.600", "0.300 ▼", "0.300"]
 
 
+def test_each_expert_has_columns_of_its_own(run: Path) -> None:
+    assert "bank AUROC" not in render(read_run(run))
+    each = {"pixel_auroc": 0.912, "pixel_ap": 0.345, "pixel_aupro": None}
+    add_category(run, "bolt", experts=dict.fromkeys(("segmenter", "error", "bank"), each))
+    text = render(read_run(run))
+    assert "bank AUROC" in text and "segmenter AUPRO" in text and text.count("0.912") >= 3
+
+
 def test_the_trivial_score_is_that_of_the_detector_that_is_better_at_it(run: Path) -> None:
     """Earlier versions took all metrics of the one with the better AUROC."""
     each = {"blur": {"pixel_auroc": 0.6, "pixel_ap": 0.3}, "mean_image": {"pixel_auroc": 0.5, "pixel_ap": 0.6}}
