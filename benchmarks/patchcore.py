@@ -4,7 +4,7 @@
 
 For every category: pixel AUROC, AP and AUPRO and image AUROC by this project's own metrics, of a bank of 10 % of the patches of
 at most 120 normal training images, drawn at random; images read at 224², maps at strides 8 and 16, nearest neighbour, a
-Gaussian of four pixels of 224. The bank of ``--preset wads_features`` (`wads_dist/expert.py`) is the same,
+Gaussian of four pixels of 224. The bank of ``--preset wads_features`` (`wads_dist/bank.py`) is the same,
 of up to 1,000 images and 10,000 patches.
 Exit code 2: wrong usage or no weights; 3: the data.
 """
@@ -33,7 +33,6 @@ from wads_dist.data import TestImages
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelWeightsError
 from wads_dist.evaluate import pixel_report
-from wads_dist.expert import FeatureExpert
 from wads_dist.features import IMAGENET, SOURCES, load_network
 from wads_dist.metrics import Truth, binary_metrics, image_score
 from wads_dist.scoring import pixel_scores, rank_batches
@@ -50,20 +49,19 @@ def patchcore(dataset: Dataset, category: str, config: Config, imagenet: bool) -
     if imagenet:
         network.mean, network.deviation = (torch.tensor(values)[:, None, None] for values in IMAGENET)
     _, bank = build_bank(network, config, dataset, category, dataset.manifest(category).samples("train"), ALONE)
-    expert = FeatureExpert(network, config.features, bank)
     pixels, scores, anomalous = pixel_scores(config.evaluation, ALONE.device), [], []
     for batch in rank_batches(len(dataset.manifest(category).samples("test")), config.evaluation.batch_size, ALONE):
         part = slice(batch.start, batch.stop)
         test = TestImages.load(dataset, category, config.data, part, config.evaluation.mask_rule)
         assert test.stored is not None
-        maps = expert.distances(test.stored.float() / 255, config.data.image_size)
+        maps = bank(test.stored.float() / 255, config.data.image_size)
         masked = torch.tensor(test.has_mask)
         pixels.add(maps[masked], Truth.of(test.masks[masked]))
         scores.append(image_score(maps, config.evaluation.score_window))
         anomalous += [defect != "good" for defect in test.defects]
     images = binary_metrics(torch.cat(scores), torch.tensor(anomalous))
     found = pixel_report(pixels.result(ALONE).metrics) | {"image_auroc": images.auroc}
-    return found | {"patches": len(bank), "seconds": time.perf_counter() - started, "weights": source}
+    return found | {"patches": len(bank.rows), "seconds": time.perf_counter() - started, "weights": source}
 
 
 def main() -> int:

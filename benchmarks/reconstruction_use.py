@@ -44,8 +44,8 @@ class Shown(Wads):
 
     def __init__(self, model: Wads, shown: str) -> None:
         torch.nn.Module.__init__(self)
-        self.model, self.shown, self.expert = model, SHOWN[shown], None
-        model.error_weight, model.expert = 0.0, None
+        self.model, self.shown, self.experts = model, SHOWN[shown], None
+        model.error_weight, model.experts = 0.0, None
 
     @torch.no_grad()
     def predict(self, image: Tensor, stored: Tensor | None = None) -> Scored:

@@ -54,7 +54,7 @@ class LbpModel(Wads):
 
     def __init__(self, model: Wads) -> None:
         torch.nn.Module.__init__(self)
-        self.generator, self.expert = model.generator, None
+        self.generator, self.experts = model.generator, None
 
     @torch.no_grad()
     def predict(self, image: Tensor, stored: Tensor | None = None) -> Scored:

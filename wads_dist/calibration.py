@@ -1,21 +1,20 @@
-"""Makes the frozen-feature expert of a category, from its normal images alone: the bank, and the scales on which three experts
-are compared (`expert.py`).
+"""Makes the experts of a category comparable (`experts.py`), and the bank of its normal patches, from its normal images alone.
 
 Scales come from images held out of training, if there are enough of them. If not, from those trained on, each measured against
 the bank without its own patches: the segmenter and the error are then a little surer of them than of new ones.
 """
 
 import torch
-from torch import Tensor
 
 from kernels.philox import shuffled
 from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.source import Dataset
+from wads_dist.bank import Chosen, PatchBank, choose_patches, embed, resized
 from wads_dist.config import Config
 from wads_dist.data import Entry, TrainingSplit, decode_entries
 from wads_dist.distributed import Ranks
-from wads_dist.expert import Chosen, FeatureExpert, choose_patches, embed, resized
+from wads_dist.experts import Experts
 from wads_dist.features import FrozenNetwork
 from wads_dist.models import Wads
 from wads_dist.scoring import rank_batches
@@ -27,46 +26,49 @@ GRID = 128
 
 
 @torch.inference_mode()
-def fit_expert(
-    model: Wads, network: FrozenNetwork, config: Config, dataset: Dataset, category: str, ranks: Ranks
-) -> FeatureExpert:
-    """The expert of ``model``, which it does not have yet; the same on every rank and for any number of them. Collective.
+def fit_experts(
+    model: Wads, network: FrozenNetwork | None, config: Config, dataset: Dataset, category: str, ranks: Ranks
+) -> Experts:
+    """The experts of ``model``, which it does not have yet, with a bank if there is a ``network``; the same on every rank and
+    for any number of them. Collective.
 
     Raises:
-        DataError: an image cannot be decoded; names it.
+        DataError: an image cannot be decoded, which is named, or there are too few.
     """
     torch.backends.cudnn.allow_tf32 = False  # as where images are scored
-    settings, split = config.features, TrainingSplit.of(dataset, category, config)
-    network = network.to(ranks.device)
-    own, bank = build_bank(network, config, dataset, category, split.trained, ranks)
-    expert = FeatureExpert(network, settings, bank).to(ranks.device)
+    split, device = TrainingSplit.of(dataset, category, config), ranks.device
+    own, bank = None, None
+    if network is not None:
+        own, bank = build_bank(network.to(device), config, dataset, category, split.trained, ranks)
     entries, place = calibration_images(split, config.trainer.seed)
     scores, step = [], max(1, config.data.image_size // GRID)
     for batch in rank_batches(len(entries), config.evaluation.batch_size, ranks):
-        chosen = list(batch)
-        stored = decode_entries(dataset, category, [entries[i] for i in chosen], config.data.store_size).to(
-            ranks.device
-        )
+        part = [entries[i] for i in batch]
+        stored = decode_entries(dataset, category, part, config.data.store_size).to(device)
         image = whole_images(stored, config.data.image_size).contiguous(memory_format=torch.channels_last)
         reconstruction, _ = model.generator.reconstruct(image)
-        left_out = (own.image[None] == torch.tensor([place[i] for i in chosen])[:, None]).to(ranks.device)
-        of_batch = model.raw_scores(image, reconstruction, stored.float() / 255, expert, left_out)
-        scores.append(of_batch[~left_out.all(1), :, ::step, ::step].cpu())
+        left_out, usable = None, torch.ones(len(part), dtype=torch.bool)
+        if own is not None:
+            left_out = own.image[None] == torch.tensor([place[i] for i in batch])[:, None]
+            usable, left_out = ~left_out.all(1), left_out.to(device)
+        of_batch = model.raw_scores(image, reconstruction, stored.float() / 255, bank, left_out)
+        scores.append(of_batch[:, :, ::step, ::step].cpu()[usable])
     everywhere = torch.cat([part for of_rank in ranks.gather(scores) for part in of_rank])
     if not len(everywhere):
         raise DataError(
             f"category {category!r}: all patches of the bank are of one image, which cannot be measured against itself; give "
             "more images, or raise features.images and features.patches"
         )
-    expert.fit(everywhere)
-    return expert
+    experts = Experts(config.experts, bank)
+    experts.fit(everywhere)
+    return experts.to(device)
 
 
 def build_bank(
     network: FrozenNetwork, config: Config, dataset: Dataset, category: str, entries: list[Entry], ranks: Ranks
-) -> tuple[Chosen, Tensor]:
-    """Which patches of ``entries``, and what they are: float32 [K, D] on the rank's device. Every rank reads its batches of
-    images, one batch at a time. Collective."""
+) -> tuple[Chosen, PatchBank]:
+    """Which patches of ``entries``, and the bank of them on the rank's device. Every rank reads its batches of images, one at a
+    time. Collective."""
     settings = config.features
     indices = drawn(config.trainer.seed, len(entries), settings.images)
     side = settings.size // 8
@@ -79,7 +81,8 @@ def build_bank(
         patches = embed(*network(resized(stored.to(ranks.device).float() / 255, settings.size))).flatten(2)
         for i, image in zip(part, patches, strict=True):
             rows.append(image[:, chosen.place[chosen.image == i].to(ranks.device)].T.cpu())
-    return chosen, torch.cat([part for of_rank in ranks.gather(rows) for part in of_rank]).to(ranks.device)
+    bank = torch.cat([part for of_rank in ranks.gather(rows) for part in of_rank])
+    return chosen, PatchBank(network, settings.size, bank).to(ranks.device)
 
 
 def drawn(seed: int, total: int, most: int) -> list[int]:

@@ -230,7 +230,7 @@ class ModelConfig(_Section):
         le=4,
         description="w of the reconstruction's error e in the anomaly probability, whose odds are multiplied by "
         "((e + 0.02) / 0.1)^w, e the mean |image - reconstruction| over RGB; smoothed as the probability is (0: the segmenter "
-        "alone). With model.features, features.error takes its place",
+        "alone). experts.error is on a scale of the category's own",
     )
     difference: bool = Field(
         False, description="the segmenter sees |image - reconstruction| as well as the two: three channels more"
@@ -265,7 +265,7 @@ class ModelConfig(_Section):
 
 
 class FeaturesConfig(_Section):
-    """The frozen network of model.features, its bank of normal patches, and the experts' weights."""
+    """The frozen network of model.features, and its bank of normal patches."""
 
     size: int = Field(
         224,
@@ -279,8 +279,18 @@ class FeaturesConfig(_Section):
     images: int = Field(1000, ge=1, description="normal training images whose patches make the bank, at most")
     fraction: float = Field(0.1, gt=0, le=1, description="of their patches, drawn at random, that are kept")
     patches: int = Field(10_000, ge=1, description="patches that are kept, at most")
-    segmenter: float = Field(0.5, ge=0, description="weight of the segmenter's surprise; the bank's is 1")
-    error: float = Field(0.5, ge=0, description="weight of the surprise at the reconstruction's error")
+
+
+class ExpertsConfig(_Section):
+    """Other scores beside the segmenter's, whose weight is 1, on a scale of their own for each category (docs/metrics.md)."""
+
+    error: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the surprise at the reconstruction's error; 0 without model.features: the segmenter's "
+        "probability as it is",
+    )
+    bank: float = Field(2.0, ge=0, description="weight of the surprise at the distance from the bank of model.features")
 
 
 class AdversarialConfig(_Section):
@@ -553,6 +563,7 @@ class Config(_Section):
     synthesis: SynthesisConfig = Field(SynthesisConfig(), description="anomalies")
     model: ModelConfig = Field(ModelConfig(), description="networks")
     features: FeaturesConfig = Field(FeaturesConfig(), description="frozen features")
+    experts: ExpertsConfig = Field(ExpertsConfig(), description="scores beside the segmenter's")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
     trainer: TrainerConfig = Field(TrainerConfig(), description="optimisation")
     parallel: ParallelConfig = Field(ParallelConfig(), description="categories side by side")
@@ -565,6 +576,11 @@ class Config(_Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a pixel's score is that of several experts."""
+        return self.model.features != "none" or self.experts.error > 0
 
     def require_data(self, hint: str = "") -> None:
         """Raise ConfigError unless exactly one of data.root and data.shards is given (both are refused earlier)."""
@@ -614,6 +630,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "wads_features": {
         "model.features": "efficientnet_lite0",
         "model.smoothing": 1.0,
+        "experts.error": 1.0,
     },
     "paper_literal": {
         "objective.focal.gamma": 0.1,
@@ -835,6 +852,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"evaluation.threshold synthetic with model.features {config.model.features}: anomalies are synthesised at "
             "data.image_size, and the frozen network reads the stored image; leave it at normal"
         )
+    if config.has_experts and config.model.error_weight:
+        yield f"model.error_weight {config.model.error_weight} with experts: experts.error takes its place; set it to 0"
     if trainer.cuda_graph:
         for path, value, why in (
             ("trainer.kernels", trainer.kernels, "PyTorch's synthesis reads the device's numbers"),

@@ -18,7 +18,7 @@ from wads_dist.config import Config, EvaluationConfig, recorded_config
 from wads_dist.data import TestImages, evenly, mean_image
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError
-from wads_dist.expert import EXPERTS, ONE_IN_A_THOUSAND, FeatureExpert
+from wads_dist.experts import EXPERTS, ONE_IN_A_THOUSAND
 from wads_dist.layers import use_kernels
 from wads_dist.metrics import BinaryMetrics, Truth, binary_metrics, image_score
 from wads_dist.models import Wads
@@ -56,7 +56,7 @@ def save_weights(
     threshold: Threshold | None = None,
     features: dict[str, str] | None = None,
 ) -> None:
-    """Generator, segmenter and expert as safetensors; in the header the configuration they need, the threshold, and where the
+    """Generator, segmenter and experts as safetensors; in the header the configuration they need, the threshold, and where the
     frozen network came from, with its licence (``features``, as ``load_network`` returns it)."""
     metadata = {"category": category, "config": config.to_toml()}
     if features:
@@ -125,7 +125,7 @@ def load_model(folder: Path, config: Config, device: torch.device) -> Wads:
     model = Wads(architecture, config.data.image_size)
     try:
         state = load_file(path)
-        model.expert = FeatureExpert.of_state(config.model.features, config.features, state)
+        model.make_room(config, state)
         model.load_state_dict(state)
     except Exception as error:
         raise ModelFileError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
@@ -182,7 +182,7 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     curves, which do not depend on how many ranks there are.
 
     A rank holds one batch of images and its part of what is kept, besides what ``scoring`` keeps of the pixels (exact
-    metrics: of three sets of maps, the model's and two trivial ones, 12 bytes a pixel; of six with an expert).
+    metrics: of three sets of maps, the model's and two trivial ones, 12 bytes a pixel; of up to six with experts).
 
     Raises:
         DataError: the category has no test images.
@@ -201,8 +201,8 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     metrics |= {"mask_rule": config.evaluation.mask_rule, "small_components": sum(ranks.gather(part.small))}
     metrics["turned_images"] = sum(ranks.gather(part.turned))
     metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
-    if model.expert is not None:
-        metrics["experts"] = {name: pixel_report(pixels[name].metrics) for name in EXPERTS}
+    if model.experts is not None:
+        metrics["experts"] = {name: pixel_report(pixels[name].metrics) for name in model.experts.names}
     test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
     metrics |= {"reconstruction": ranks.gather(health)[0], "test_images": total, "at_threshold": None}
@@ -221,7 +221,7 @@ class Part:
 
     def __init__(self, config: Config, ranks: Ranks, threshold: Threshold | None) -> None:
         self.config, self.device, self.threshold = config.evaluation, ranks.device, threshold
-        experts = EXPERTS if config.model.features != "none" else ()
+        experts = (EXPERTS if config.model.features != "none" else EXPERTS[:2]) if config.has_experts else ()
         self.pixels = {name: pixel_scores(config.evaluation, ranks.device) for name in (MODEL, *experts, *DESCRIPTION)}
         self.decisions, self.of_normal_images = Decisions(), Decisions()
         self.scores: list[float] = []
@@ -261,7 +261,7 @@ class Part:
             bounded = predictions.surprises / (
                 predictions.surprises + ONE_IN_A_THOUSAND
             )  # for histograms; the order stays
-            maps |= dict(zip(EXPERTS, bounded.to(self.device).unbind(1), strict=True))
+            maps |= dict(zip(EXPERTS, bounded.to(self.device).unbind(1), strict=False))
         if mean is not None:
             maps |= trivial_maps(mean.to(self.device), test.images.to(self.device))
         for name, values in maps.items():

@@ -58,11 +58,11 @@ class Deployed(nn.Module):
         super().__init__()
         self.model, self.score_window = model, description.score_window
         self.image_size = description.image_size
-        self.side = description.image_size if model.expert is None else description.store_size
+        self.side = description.store_size if model.reads_stored else description.image_size
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         stored, size = image, (self.image_size, self.image_size)
-        if self.model.expert is not None:
+        if self.model.reads_stored:
             image = F.interpolate(image, size, mode="bilinear", align_corners=False)  # as ``whole_images``
         reconstruction, probability, *_ = self.model.predict(image, stored)
         return reconstruction, probability, image_score(probability, self.score_window)

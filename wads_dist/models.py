@@ -1,7 +1,7 @@
 """The networks: a bottleneck generator, a discriminator of the same stack, and a ResNet-FPN segmenter (paper §3.3 and §3.4)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +10,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from wads_dist.config import ModelConfig
+from wads_dist.bank import PatchBank
+from wads_dist.config import Config, ModelConfig
 from wads_dist.errors import ModelWeightsError
-from wads_dist.expert import FeatureExpert
-from wads_dist.features import IMAGENET
+from wads_dist.experts import PREFIX, Experts
+from wads_dist.features import IMAGENET, FrozenNetwork
 from wads_dist.layers import GroupNorm, Pyramid, Up, bilinear_init_, set_padding, upsample
 
 BOTTLENECK = 4  # side of the last feature map before the latent code
@@ -195,8 +196,8 @@ class Segmenter(nn.Module):
 
 
 class Scored(NamedTuple):
-    """X̂ [N, 3, H, H], anomaly probability [N, H, H] float32, code Ẑ [N, latent]; with an expert, how surprised each of
-    ``expert.EXPERTS`` is, [N, 3, H, H]."""
+    """X̂ [N, 3, H, H], anomaly probability [N, H, H] float32, code Ẑ [N, latent]; with experts, how surprised each of
+    ``experts.EXPERTS`` is, [N, E, H, H]."""
 
     reconstruction: Tensor
     probability: Tensor
@@ -214,7 +215,7 @@ class Wads(nn.Module):
         self.segmenter_gradient = config.segmenter_gradient
         self.sigma, self.error_weight = config.smoothing, config.error_weight
         self.precision = precision
-        self.expert: FeatureExpert | None = None
+        self.experts: Experts | None = None
         """Made after training, and for inference alone."""
 
     def forward(self, clean: Tensor, anomalous: Tensor, detach_code: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -254,22 +255,25 @@ class Wads(nn.Module):
         self,
         image: Tensor,
         reconstruction: Tensor,
-        stored: Tensor,
-        expert: FeatureExpert,
+        stored: Tensor | None,
+        bank: PatchBank | None,
         left_out: Tensor | None = None,
     ) -> Tensor:
-        """[N, 3, H, H] float32, as each of ``expert.EXPERTS`` has them: the segmenter's log odds, the error, the distance from
-        the bank.
+        """[N, E, H, H] float32, as each of ``experts.EXPERTS`` has them: the segmenter's log odds, the error and, with a
+        ``bank``, the distance from it.
 
         Args:
             image, reconstruction: [N, 3, H, H] in [0, 1].
-            stored: the same images as they are stored, [N, 3, S, S] in [0, 1].
+            stored: the same images as they are stored, [N, 3, S, S] in [0, 1]; needed with a bank.
             left_out: bool [N, K], rows of the bank that do not count for an image.
         """
         odds = self.segmenter(image, reconstruction).float()
         error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
         smoothed = self._blurred(torch.cat([odds, error], 1))
-        return torch.cat([smoothed, expert.distances(stored, image.shape[-1], left_out)[:, None]], 1)
+        if bank is None:
+            return smoothed
+        assert stored is not None, "the frozen network reads the stored image"
+        return torch.cat([smoothed, bank(stored, image.shape[-1], left_out)[:, None]], 1)
 
     def _smooth(self, maps: Tensor) -> Tensor:
         # torchvision's Gaussian sums to one but for rounding, and may leave [0, 1].
@@ -280,14 +284,40 @@ class Wads(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, stored: Tensor | None = None) -> Scored:
-        """Of images [N, 3, H, H] in [0, 1]; with an expert, ``stored`` are the same images as they are stored, [N, 3, S, S] in
+        """Of images [N, 3, H, H] in [0, 1]; with a bank, ``stored`` are the same images as they are stored, [N, 3, S, S] in
         [0, 1]."""
         reconstruction, code = self.generator.reconstruct(image)
-        if self.expert is None:
+        if self.experts is None:
             return Scored(reconstruction, self.segment(image, reconstruction), code)
-        assert stored is not None, "the frozen network reads the stored image"
-        surprises = self.expert.surprised(self.raw_scores(image, reconstruction, stored, self.expert))
-        return Scored(reconstruction, self.expert.probability(surprises), code, surprises)
+        scores = self.raw_scores(image, reconstruction, stored, self.experts.bank)
+        surprises = self.experts.surprised(scores)
+        return Scored(reconstruction, self.experts.probability(surprises), code, surprises)
+
+    @property
+    def reads_stored(self) -> bool:
+        """Whether ``predict`` needs the images as they are stored."""
+        return self.experts is not None and self.experts.bank is not None
+
+    def make_room(self, config: Config, state: Mapping[str, Tensor]) -> None:
+        """Adds the experts that ``config`` asks for, with room for those in a trained model's ``state``.
+
+        Raises:
+            ValueError: ``state`` has others.
+        """
+        rows = state.get(f"{PREFIX}bank.rows")
+        if (rows is None) != (config.model.features == "none") or (f"{PREFIX}weight" in state) != config.has_experts:
+            raise ValueError(
+                f"model.features is {config.model.features} and experts.error {config.experts.error:g}, and these weights have "
+                f"{'no' if rows is None else 'a'} bank and {'' if f'{PREFIX}weight' in state else 'no '}experts"
+            )
+        if config.has_experts:
+            network = None if rows is None else FrozenNetwork(config.model.features)
+            bank = (
+                None
+                if rows is None or network is None
+                else PatchBank(network, config.features.size, torch.empty_like(rows))
+            )
+            self.experts = Experts(config.experts, bank)
 
 
 def load_backbone(name: str, weights: str) -> torchvision.models.ResNet:

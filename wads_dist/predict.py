@@ -31,9 +31,8 @@ from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.images import load_image, to_rgb, upright
 from shards.names import category_problem, quoted
-from wads_dist.config import DataConfig, EvaluationConfig, FeaturesConfig, ModelConfig
+from wads_dist.config import Config, DataConfig, EvaluationConfig, ExpertsConfig, FeaturesConfig, ModelConfig
 from wads_dist.errors import ModelFileError, WadsError, is_out_of_memory
-from wads_dist.expert import FeatureExpert
 from wads_dist.layers import use_kernels
 from wads_dist.metrics import image_score
 from wads_dist.models import Wads
@@ -286,7 +285,8 @@ def load(
     else:
         wads, description, _ = load_weights(path)
         network = torch_network(wads, description, where)
-        side = max(description.image_size, wads.expert.size if wads.expert else 0)
+        bank = wads.experts.bank if wads.experts else None
+        side = max(description.image_size, bank.size if bank else 0)
     thresholds = resolve_thresholds(threshold, pixel_threshold, description.threshold)
     usual = (32 if where.type == "cpu" else 256) * 128**2 // side**2
     return Detector(network, description, thresholds, batch_size or max(1, usual))
@@ -324,10 +324,14 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
         # The sections that matter here only, so that settings of another version elsewhere do no harm.
         data, evaluation = DataConfig(**config["data"]), EvaluationConfig(**config["evaluation"])
         architecture = ModelConfig(**config["model"] | {"weights": "random", "freeze_batchnorm": False})
-        features = FeaturesConfig(**config.get("features", {}) | {"weights": None})
+        settings = Config(
+            model=architecture,
+            features=FeaturesConfig(**config.get("features", {}) | {"weights": None}),
+            experts=ExpertsConfig(**config.get("experts", {})),
+        )
         with torch.device("meta"):
             model = Wads(architecture, data.image_size)
-            model.expert = FeatureExpert.of_state(architecture.features, features, state)
+            model.make_room(settings, state)
         model.load_state_dict(state, assign=True)
         use_kernels(model, "torch")  # Triton asks for a compiler, which there need not be where a model is used
         threshold = json.loads(header.get("threshold", "null"))
@@ -369,7 +373,7 @@ def torch_network(model: Wads, description: Description, device: torch.device) -
     @torch.inference_mode()
     def run(stored: Tensor) -> tuple[Tensor, Tensor]:
         images = whole_images(stored, description.image_size).to(device, memory_format=torch.channels_last)
-        seen = None if model.expert is None else stored.to(device).float() / 255
+        seen = stored.to(device).float() / 255 if model.reads_stored else None
         probability = model.predict(images, seen).probability
         return probability.cpu(), image_score(probability, description.score_window).cpu()
 

@@ -24,8 +24,8 @@ Curves = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of M images: probability maps [M, H, H] float32, X̂ [M, 3, H, H] float32, codes [M, latent] float32; of a model with an
-    expert, ``surprises`` [M, 3, H, H] of ``expert.EXPERTS``."""
+    """Of M images: probability maps [M, H, H] float32, X̂ [M, 3, H, H] float32, codes [M, latent] float32; of a model with
+    experts, ``surprises`` [M, E, H, H] of ``experts.EXPERTS``."""
 
     probability: Tensor
     reconstruction: Tensor
@@ -57,13 +57,13 @@ def predict(
 
     Args:
         images: float32 [M, 3, H, H] in [0, 1].
-        stored: the same, uint8 [M, 3, S, S], which a model with an expert reads.
+        stored: the same, uint8 [M, 3, S, S], which a model with a bank reads.
     """
     torch.backends.cudnn.allow_tf32 = False  # TF32 is no fp32
     parts = []
     for first in range(0, len(images), batch_size):
         part = slice(first, first + batch_size)
-        seen = stored[part].to(device).float() / 255 if model.expert is not None and stored is not None else None
+        seen = stored[part].to(device).float() / 255 if model.reads_stored and stored is not None else None
         scored = model.predict(images[part].to(device, memory_format=torch.channels_last), seen)
         parts.append(
             Predictions(

@@ -31,8 +31,8 @@ from shards.source import Dataset
 from shards.verify import open_category
 from wads_dist import checkpoint, validation
 from wads_dist.batch_probe import find_batch_size
-from wads_dist.calibration import fit_expert
-from wads_dist.config import Config, ConfigError, load_config
+from wads_dist.calibration import fit_experts
+from wads_dist.config import Config, ConfigError, ExpertsConfig, load_config
 from wads_dist.data import TrainingData, TrainingSplit, rank_samples
 from wads_dist.deepspeed_config import read_settings
 from wads_dist.distributed import Ranks, unname_shared_memory
@@ -271,18 +271,19 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     pulse.mark("evaluate", trainer.progress.step)
     state = trainer.inference_state()
     require_lease(work.lease, ranks)
-    # Until it has its expert, what is published is a whole model without one.
-    plain = config.model_copy(update={"model": config.model.model_copy(update={"features": "none"})})
+    # Until it has its experts, what is published is a whole model without any.
+    without = {"model": config.model.model_copy(update={"features": "none"}), "experts": ExpertsConfig()}
+    plain = config.model_copy(update=without)
     if ranks.is_first:
         save_weights(state, folder, plain, category)
     ranks.barrier()
     model = load_model(folder, plain, ranks.device)
-    if frozen:
-        model.expert = fit_expert(model, frozen[0], config, dataset, category, ranks)
+    if config.has_experts:
+        model.experts = fit_experts(model, frozen[0] if frozen else None, config, dataset, category, ranks)
         require_lease(work.lease, ranks)
         if ranks.is_first:
             finished = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-            save_weights(finished, folder, config, category, features=frozen[1])
+            save_weights(finished, folder, config, category, features=frozen[1] if frozen else None)
         ranks.barrier()
     evaluation = evaluate(model, config, dataset, category, ranks)
     progress = trainer.progress

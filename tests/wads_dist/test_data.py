@@ -195,7 +195,7 @@ def test_thin_defects_are_in_the_truth(tmp_path: Path) -> None:
 class Brightness:
     """Stands in for the network: the probability is the image's red."""
 
-    expert = None
+    experts, reads_stored = None, False
 
     def predict(self, x: Tensor, stored: Tensor | None = None) -> Scored:
         return Scored(x, x[:, 0].contiguous(), torch.zeros(len(x), 4))

@@ -121,7 +121,7 @@ def test_a_header_that_cannot_be_read_is_named(config: Config, tmp_path: Path) -
 class Painter:
     """Stands in for the network: the probability is the image's red."""
 
-    expert = None
+    experts, reads_stored = None, False
 
     def predict(self, x: torch.Tensor, stored: torch.Tensor | None = None) -> Scored:
         return Scored(x, x[:, 0].contiguous(), torch.zeros(len(x), 4))
@@ -251,7 +251,13 @@ def test_numbers_curves_and_threshold_do_not_depend_on_the_number_of_ranks(
     held_out_shards: Path, run_ranks: Callable[..., list[str]]
 ) -> None:
     """To the last bit, on every rank; and the first rank has all images. More ranks than some of the steps have batches."""
-    settings = ["exact normal", "exact synthetic", "histogram normal", "histogram normal efficientnet_lite0"]
+    settings = [
+        "exact normal",
+        "exact synthetic",
+        "histogram normal",
+        "histogram normal efficientnet_lite0",
+        "exact synthetic none",
+    ]
     outputs = {world: run_ranks("evaluation.py", world, str(held_out_shards), *settings) for world in (1, 2, 3)}
     expected = [json.loads(line) for line in outputs[1][0].splitlines()]
     assert len(expected) == len(settings) and all(e["metrics"]["pixel_auroc"] and e["threshold"] for e in expected)

@@ -11,11 +11,12 @@ from PIL import Image
 from launch.export import parse
 from tests.conftest import REPOSITORY, environment
 from wads_dist import export as exporting
+from wads_dist.bank import PatchBank
 from wads_dist.config import Config, load_config
 from wads_dist.entry import main
 from wads_dist.errors import WadsError
 from wads_dist.evaluate import save_weights
-from wads_dist.expert import FeatureExpert
+from wads_dist.experts import Experts
 from wads_dist.export import DIFFERS, OUTPUTS, TOLERANCE, Deployed, export, export_command, export_onnx, export_torch
 from wads_dist.features import load_network
 from wads_dist.models import Wads
@@ -102,11 +103,12 @@ def test_a_frozen_network_and_its_bank_are_inside_the_export(tmp_path: Path) -> 
     folder, settings = tmp_path / "nut", "--model.features efficientnet_lite0 --features.size 96"
     model, config = trained(folder, f"{SMALL} {settings}")
     network, _ = load_network("efficientnet_lite0")
-    model.expert = FeatureExpert(network, config.features, torch.randn(500, 152))
+    bank = PatchBank(network, config.features.size, torch.randn(500, 152))
+    model.experts = Experts(config.experts, bank)
     stored = torch.rand(4, 3, 128, 128)
     image = torch.nn.functional.interpolate(stored, (64, 64), mode="bilinear")
     with torch.no_grad():
-        model.expert.fit(model.raw_scores(image, model.generator.reconstruct(image)[0], stored, model.expert))
+        model.experts.fit(model.raw_scores(image, model.generator.reconstruct(image)[0], stored, bank))
     save_weights({k: v.contiguous() for k, v in model.state_dict().items()}, folder, config, "nut", THRESHOLDS)
     content = export(folder, folder / "export", ["onnx", "torch"], None)
     assert content["agrees"] and "[N, 3, 128, 128]" in content["preprocessing"]["tensor"]

@@ -17,22 +17,25 @@ from shards.errors import DataError
 from shards.source import Dataset
 from tests.wads_dist.programs.common import small_config
 from wads_dist import features
-from wads_dist.calibration import calibration_images, fit_expert
-from wads_dist.config import Config, ConfigError, load_config
+from wads_dist.bank import choose_patches, nearest
+from wads_dist.calibration import calibration_images, fit_experts
+from wads_dist.config import Config, ConfigError, ExpertsConfig, load_config
 from wads_dist.data import TrainingSplit
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError, ModelWeightsError
 from wads_dist.evaluate import evaluate, load_model, save_weights
-from wads_dist.expert import EXPERTS, TAIL, FeatureExpert, Surprise, choose_patches, nearest
+from wads_dist.experts import EXPERTS, PREFIX, TAIL, Surprise
 from wads_dist.features import SOURCES, load_network
 from wads_dist.models import Wads
-from wads_dist.predict import load
+from wads_dist.predict import load, load_weights
 
 LITE = "efficientnet_lite0"
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
 # Three sizes, so that an image in the place of another does not fit.
-FROZEN = f"--model.features {LITE} --features.size 128 --features.patches 300 --data.store_size 96".split()
+FROZEN = (
+    f"--model.features {LITE} --features.size 128 --features.patches 300 --data.store_size 96 --experts.error 1".split()
+)
 
 
 # --- the network ---------------------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def scored(demo_shards: Path, module_path: Path) -> tuple[Wads, Config, dict, Pa
     torch.manual_seed(0)
     model = Wads(config.model, 64).eval()
     network, _ = load_network(LITE)
-    model.expert = fit_expert(model, network, config, dataset, "demo_biscuit", ALONE)
+    model.experts = fit_experts(model, network, config, dataset, "demo_biscuit", ALONE)
     save_weights({k: v.contiguous() for k, v in model.state_dict().items()}, module_path, config, "demo_biscuit")
     return model, config, evaluate(model, config, dataset, "demo_biscuit", ALONE).metrics, module_path
 
@@ -184,7 +187,9 @@ def scored(demo_shards: Path, module_path: Path) -> tuple[Wads, Config, dict, Pa
 def test_every_expert_is_scored_beside_the_whole(scored: tuple[Wads, Config, dict, Path]) -> None:
     model, _, metrics, _ = scored
     assert metrics["experts"].keys() == set(EXPERTS)
-    assert isinstance(model.expert, FeatureExpert) and model.expert.bank.shape == (205, 152)  # a tenth of 8 images' 256
+    assert (
+        model.experts and model.experts.bank and model.experts.bank.rows.shape == (205, 152)
+    )  # a tenth of 8 images' 256
     assert metrics["experts"]["bank"]["pixel_auroc"] > 0.7, "the bank alone finds the demo's defects"
     assert metrics["pixel_auroc"] > metrics["experts"]["segmenter"]["pixel_auroc"], "its weights are random"
 
@@ -193,10 +198,10 @@ def test_the_whole_is_the_weighted_sum_of_surprises(scored: tuple[Wads, Config, 
     model = scored[0]
     image, stored = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 96, 96)
     result = model.predict(image, stored)
-    assert result.surprises is not None and model.expert is not None
-    z = (result.surprises * torch.tensor([0.5, 0.5, 1.0])[:, None, None]).sum(1)
-    torch.testing.assert_close(result.probability, z / (z + 6))
-    assert result.surprises.shape == (2, len(EXPERTS), 64, 64) and model.expert.scales[0].score.shape == (len(TAIL),)
+    assert result.surprises is not None and model.experts is not None
+    z = (result.surprises * torch.tensor([1.0, 1.0, 2.0])[:, None, None]).sum(1)
+    torch.testing.assert_close(result.probability, z / (z + 12))
+    assert result.surprises.shape == (2, len(EXPERTS), 64, 64) and model.experts.scales[0].score.shape == (len(TAIL),)
 
 
 def test_a_saved_model_needs_no_package_and_scores_the_same(
@@ -218,12 +223,13 @@ def test_weights_that_do_not_say_what_they_hold_are_refused(
     model, config, _, _ = scored
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     plain = config.model_copy(update={"model": config.model.model_copy(update={"features": "none"})})
-    without = {name: value for name, value in state.items() if not name.startswith("expert.")}
-    for weights, settings in ((state, plain), (without, config)):
+    none = plain.model_copy(update={"experts": ExpertsConfig()})
+    without = {name: value for name, value in state.items() if not name.startswith(PREFIX)}
+    for weights, settings in ((state, plain), (state, none), (without, config), (without, plain)):
         save_weights(weights, tmp_path, settings, "nut")
-        with pytest.raises(ModelFileError, match="bank"):
+        with pytest.raises(ModelFileError, match="these weights have"):
             load_model(tmp_path, settings, CPU)
-        with pytest.raises(ModelFileError, match="bank"):
+        with pytest.raises(ModelFileError, match="these weights have"):
             load(tmp_path, device="cpu")
 
 
@@ -237,7 +243,27 @@ def test_a_bank_of_one_images_patches_is_refused(demo_shards: Path) -> None:
     ):
         patch.setattr(TrainingSplit, "of", lambda *_: alone)
         network, _ = load_network(LITE)
-        fit_expert(Wads(config.model, 64).eval(), network, config, Dataset.open(demo_shards), "demo_biscuit", ALONE)
+        fit_experts(Wads(config.model, 64).eval(), network, config, Dataset.open(demo_shards), "demo_biscuit", ALONE)
+
+
+def test_two_experts_need_no_frozen_network(demo_shards: Path, tmp_path: Path) -> None:
+    """The segmenter and the error, on scales of their own; saved and loaded, the same."""
+    config, dataset = small_config("--experts.error", "0.5"), Dataset.open(demo_shards)
+    torch.manual_seed(0)
+    model = Wads(config.model, 64).eval()
+    model.experts = fit_experts(model, None, config, dataset, "demo_biscuit", ALONE)
+    image = torch.rand(2, 3, 64, 64)
+    result = model.predict(image)
+    assert result.surprises is not None and result.surprises.shape == (2, 2, 64, 64)
+    z = result.surprises[:, 0] + 0.5 * result.surprises[:, 1]
+    torch.testing.assert_close(result.probability, z / (z + 4.5))
+    save_weights({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path, config, "demo_biscuit")
+    for found in (load_model(tmp_path, config, CPU), load_weights(tmp_path)[0]):
+        assert torch.equal(found.predict(image).probability, result.probability)
+    metrics = evaluate(model, config, dataset, "demo_biscuit", ALONE).metrics
+    assert metrics["experts"].keys() == {"segmenter", "error"}
+    with pytest.raises(ConfigError, match=r"model\.error_weight 1\.0 with experts"):
+        small_config("--experts.error", "0.5", "--model.error_weight", "1")
 
 
 def test_without_its_package_the_preset_trains_without_a_frozen_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def test_a_threshold_of_a_network_that_is_always_sure_warns(shards: Path) -> Non
 class AlwaysSure:
     """Stands in for a network that has collapsed: everything is anomalous."""
 
-    expert = None
+    experts, reads_stored = None, False
 
     def predict(self, x: Tensor, stored: Tensor | None = None) -> Scored:
         return Scored(x, torch.ones(len(x), *x.shape[2:]), torch.zeros(len(x), 4))
@@ -221,7 +221,7 @@ def test_without_images_held_out_there_is_a_reason(demo_shards: Path, shards: Pa
 class BrightPixels:
     """Stands in for the network: whatever differs from a smooth picture is anomalous."""
 
-    expert = None
+    experts, reads_stored = None, False
 
     def predict(self, x: Tensor, stored: Tensor | None = None) -> Scored:
         return Scored(x, (x - gaussian_blur(x, 8.0)).abs().mean(1), torch.zeros(len(x), 4))

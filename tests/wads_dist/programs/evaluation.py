@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from shards.source import Dataset
 from tests.wads_dist.programs.common import leave, small_config
-from wads_dist.calibration import fit_expert
+from wads_dist.calibration import fit_experts
 from wads_dist.distributed import Ranks
 from wads_dist.evaluate import evaluate
 from wads_dist.features import load_network
@@ -26,7 +26,11 @@ if __name__ == "__main__":
     for setting in sys.argv[2:]:
         metrics, threshold, *frozen = setting.split()
         config = small_config(
-            *(f"--model.features {frozen[0]} --features.size 64 --features.patches 200".split() if frozen else ()),
+            *(
+                f"--model.features {frozen[0]} --features.size 64 --features.patches 200 --experts.error 1".split()
+                if frozen
+                else ()
+            ),
             *f"--evaluation.metrics {metrics} --evaluation.threshold {threshold} --evaluation.batch_size 3".split(),
             *"--evaluation.bins 64 --evaluation.pixel_false_positive_rate 0.2".split(),
         )
@@ -34,8 +38,8 @@ if __name__ == "__main__":
         model = Wads(config.model, 64).eval()
         dataset, ranks = Dataset.open(sys.argv[1]), Ranks.from_environment()
         if frozen:
-            network, _ = load_network(frozen[0])
-            model.expert = fit_expert(model, network, config, dataset, "demo_biscuit", ranks)
+            network = None if frozen == ["none"] else load_network(frozen[0])[0]
+            model.experts = fit_experts(model, network, config, dataset, "demo_biscuit", ranks)
         result = evaluate(model, config, dataset, "demo_biscuit", ranks)
         shown = [result.test.keys, result.predictions.code.tolist(), result.predictions.probability.sum().item()]
         print(
