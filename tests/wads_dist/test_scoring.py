@@ -65,4 +65,8 @@ def test_without_a_mask_there_is_a_reason_and_no_curve(metrics: str) -> None:
 def test_predictions_of_parts_are_those_of_the_whole() -> None:
     whole = Predictions(torch.rand(5, 4, 4), torch.rand(5, 3, 4, 4), torch.rand(5, 2))
     joined = Predictions.join([whole.rows([0, 1]), whole.rows([]), whole.rows([2, 3, 4])])
-    assert all(torch.equal(getattr(joined, name), getattr(whole, name)) for name in vars(whole))
+    assert all(
+        torch.equal(getattr(joined, name), getattr(whole, name)) for name in ("probability", "reconstruction", "code")
+    )
+    surprised = [Predictions(*[torch.rand(n, 2)] * 3, torch.rand(n, 3, 4, 4)) for n in (2, 1)]
+    assert torch.equal(Predictions.join(surprised).surprises, torch.cat([part.surprises for part in surprised]))  # type: ignore[arg-type, misc]
