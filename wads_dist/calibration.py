@@ -5,7 +5,9 @@ the bank without its own patches: the segmenter and the error are then a little 
 """
 
 import torch
+from torch import Tensor
 
+from kernels.objective import ssim
 from kernels.philox import shuffled
 from kernels.synthesis import whole_images
 from shards.errors import DataError
@@ -41,7 +43,7 @@ def fit_experts(
     if network is not None:
         own, bank = build_bank(network.to(device), config, dataset, category, split.trained, ranks)
     entries, place = calibration_images(split, config.trainer.seed)
-    scores, step = [], max(1, config.data.image_size // GRID)
+    scores, followed, step = [], [0, 0], max(1, config.data.image_size // GRID)
     for batch in rank_batches(len(entries), config.evaluation.batch_size, ranks):
         part = [entries[i] for i in batch]
         stored = decode_entries(dataset, category, part, config.data.store_size).to(device)
@@ -53,7 +55,9 @@ def fit_experts(
             usable, left_out = ~left_out.all(1), left_out.to(device)
         of_batch = model.raw_scores(image, reconstruction, stored.float() / 255, bank, left_out)
         scores.append(of_batch[:, :, ::step, ::step].cpu()[usable])
+        followed = [a + b for a, b in zip(followed, follows_input(image, reconstruction), strict=True)]
     everywhere = torch.cat([part for of_rank in ranks.gather(scores) for part in of_rank])
+    won, pairs = (sum(column) for column in zip(*ranks.gather(followed), strict=True))
     if not len(everywhere):
         raise DataError(
             f"category {category!r}: all patches of the bank are of one image, which cannot be measured against itself; give "
@@ -61,7 +65,19 @@ def fit_experts(
         )
     experts = Experts(config.experts, bank)
     experts.fit(everywhere)
+    if pairs:
+        experts.weigh_error(won / pairs)
     return experts.to(device)
+
+
+def follows_input(images: Tensor, reconstructions: Tensor) -> tuple[int, int]:
+    """In how many of how many pairs (i, j ≠ i; at most 16 partners an image) X̂_i is more similar (SSIM) to X_i than to X_j, of
+    [N, 3, H, H] in [0, 1]. Half of the pairs is chance."""
+    own, won, pairs = ssim(images, reconstructions), 0, 0
+    for shift in range(1, min(len(images), 17)):
+        won += int((own > ssim(images.roll(shift, 0), reconstructions)).sum())
+        pairs += len(images)
+    return won, pairs
 
 
 def build_bank(

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.objective import ssim
 from shards.errors import DataError
 from shards.source import Dataset
+from wads_dist.calibration import follows_input
 from wads_dist.checkpoint_files import write_text
 from wads_dist.config import Config, EvaluationConfig, recorded_config
 from wads_dist.data import TestImages, evenly, mean_image
@@ -144,15 +145,11 @@ def reconstruction_report(predictions: Predictions, test: TestImages, mean: Tens
     if len(normal) < 2:
         return {"ssim": None, "mean_image_ssim": None, "follows_input": None, "code_spread": None}
     x, x_hat, code = test.images[normal], predictions.reconstruction[normal], predictions.code[normal]
-    own = ssim(x, x_hat)
-    wins, pairs = 0, 0
-    for shift in range(1, min(len(normal), 17)):
-        wins += int((own > ssim(x.roll(shift, 0), x_hat)).sum())
-        pairs += len(normal)
+    won, pairs = follows_input(x, x_hat)
     return {
-        "ssim": own.mean().item(),
+        "ssim": ssim(x, x_hat).mean().item(),
         "mean_image_ssim": ssim(x, mean.expand_as(x)).mean().item(),
-        "follows_input": wins / pairs,
+        "follows_input": won / pairs,
         "code_spread": code.std(0).mean().item(),
     }
 
@@ -202,7 +199,8 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     metrics["turned_images"] = sum(ranks.gather(part.turned))
     metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
     if model.experts is not None:
-        metrics["experts"] = {name: pixel_report(pixels[name].metrics) for name in model.experts.names}
+        weights = zip(model.experts.names, model.experts.weight.tolist(), strict=True)
+        metrics["experts"] = {name: pixel_report(pixels[name].metrics) | {"weight": weight} for name, weight in weights}
     test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
     metrics |= {"reconstruction": ranks.gather(health)[0], "test_images": total, "at_threshold": None}

@@ -94,6 +94,12 @@ class Experts(nn.Module):
             assert isinstance(scale, Surprise)
             scale.fit(scores[:, i])
 
+    def weigh_error(self, follows: float) -> None:
+        """Takes from the error's weight what the reconstructions do not deserve: ``follows`` is the fraction of pairs of normal
+        images in which a reconstruction is more like its own input than like the other. Where that is chance (0.5), as on
+        textures that the generator has given up, it has no say; where it is one, all of it."""
+        self.weight[1] *= min(1.0, max(0.0, 2 * follows - 1))
+
     def surprised(self, scores: Tensor) -> Tensor:
         """Each expert's scores [N, E, H, H] as its surprise."""
         return torch.stack([scale(scores[:, i]) for i, scale in enumerate(self.scales)], 1)

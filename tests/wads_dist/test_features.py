@@ -18,13 +18,13 @@ from shards.source import Dataset
 from tests.wads_dist.programs.common import small_config
 from wads_dist import features
 from wads_dist.bank import choose_patches, nearest
-from wads_dist.calibration import calibration_images, fit_experts
+from wads_dist.calibration import calibration_images, fit_experts, follows_input
 from wads_dist.config import Config, ConfigError, ExpertsConfig, load_config
 from wads_dist.data import TrainingSplit
 from wads_dist.distributed import Ranks
 from wads_dist.errors import ModelFileError, ModelWeightsError
 from wads_dist.evaluate import evaluate, load_model, save_weights
-from wads_dist.experts import EXPERTS, PREFIX, TAIL, Surprise
+from wads_dist.experts import EXPERTS, PREFIX, TAIL, Experts, Surprise
 from wads_dist.features import SOURCES, load_network
 from wads_dist.models import Wads
 from wads_dist.predict import load, load_weights
@@ -159,6 +159,18 @@ def test_a_surprise_rises_with_the_score_and_is_finite_whatever_the_normal_score
         scale.fit(torch.full((100,), math.nan))
 
 
+def test_a_reconstruction_that_follows_its_input_no_more_than_chance_has_no_say() -> None:
+    images = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    same = images.mean(0, keepdim=True).expand_as(images)
+    assert follows_input(images, images) == (30, 30)
+    won, pairs = follows_input(images, same)
+    assert pairs == 30 and won == 15  # of the two orders of a pair, one
+    for follows, weight in ((1.0, 0.5), (0.75, 0.25), (won / pairs, 0.0), (0.2, 0.0)):
+        experts = Experts(ExpertsConfig(error=0.5))
+        experts.weigh_error(follows)
+        assert experts.weight.tolist() == [1.0, weight]
+
+
 def test_scales_come_from_images_held_out_or_else_from_those_trained_on() -> None:
     entries = [object() for _ in range(100)]
     enough = TrainingSplit(entries[30:], entries[:30])  # type: ignore[arg-type]
@@ -199,8 +211,10 @@ def test_the_whole_is_the_weighted_sum_of_surprises(scored: tuple[Wads, Config, 
     image, stored = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 96, 96)
     result = model.predict(image, stored)
     assert result.surprises is not None and model.experts is not None
-    z = (result.surprises * torch.tensor([1.0, 1.0, 2.0])[:, None, None]).sum(1)
-    torch.testing.assert_close(result.probability, z / (z + 12))
+    one, error, two = model.experts.weight.tolist()
+    assert (one, two) == (1.0, 2.0) and 0 <= error <= 1
+    z = (result.surprises * torch.tensor([1.0, error, 2.0])[:, None, None]).sum(1)
+    torch.testing.assert_close(result.probability, z / (z + 3 * (3 + error)))
     assert result.surprises.shape == (2, len(EXPERTS), 64, 64) and model.experts.scales[0].score.shape == (len(TAIL),)
 
 
@@ -255,8 +269,10 @@ def test_two_experts_need_no_frozen_network(demo_shards: Path, tmp_path: Path) -
     image = torch.rand(2, 3, 64, 64)
     result = model.predict(image)
     assert result.surprises is not None and result.surprises.shape == (2, 2, 64, 64)
-    z = result.surprises[:, 0] + 0.5 * result.surprises[:, 1]
-    torch.testing.assert_close(result.probability, z / (z + 4.5))
+    error = model.experts.weight[1].item()
+    z = result.surprises[:, 0] + error * result.surprises[:, 1]
+    torch.testing.assert_close(result.probability, z / (z + 3 * (1 + error)))
+    assert 0 <= error <= 0.5
     save_weights({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path, config, "demo_biscuit")
     for found in (load_model(tmp_path, config, CPU), load_weights(tmp_path)[0]):
         assert torch.equal(found.predict(image).probability, result.probability)
