@@ -222,7 +222,8 @@ class ModelConfig(_Section):
         0.0,
         ge=0,
         le=16,
-        description="sigma of a Gaussian over the predicted probability map, in its pixels (0: none)",
+        description="sigma of a Gaussian over the predicted probability map, in its pixels (0: none); with experts, over the "
+        "reconstruction's error alone",
     )
     error_weight: float = Field(
         0.0,

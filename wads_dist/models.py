@@ -269,11 +269,12 @@ class Wads(nn.Module):
         """
         odds = self.segmenter(image, reconstruction).float()
         error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
-        smoothed = self._blurred(torch.cat([odds, error], 1))
+        # The segmenter's map is as sharp as it should be: smoothed, it loses thin defects.
+        scores = torch.cat([odds, self._blurred(error)], 1)
         if bank is None:
-            return smoothed
+            return scores
         assert stored is not None, "the frozen network reads the stored image"
-        return torch.cat([smoothed, bank(stored, image.shape[-1], left_out)[:, None]], 1)
+        return torch.cat([scores, bank(stored, image.shape[-1], left_out)[:, None]], 1)
 
     def _smooth(self, maps: Tensor) -> Tensor:
         # torchvision's Gaussian sums to one but for rounding, and may leave [0, 1].
