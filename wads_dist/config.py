@@ -283,7 +283,7 @@ class FeaturesConfig(_Section):
 
 
 class ExpertsConfig(_Section):
-    """Other scores beside the segmenter's, whose weight is 1, on a scale of their own for each category (docs/metrics.md)."""
+    """Weights of other scores beside the segmenter's, which has 1 (docs/metrics.md)."""
 
     error: float = Field(
         0.0,
