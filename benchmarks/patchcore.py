@@ -99,7 +99,7 @@ def main() -> int:
     table, results = Table("category", *SCORES, "patches", "s"), {}
     try:
         dataset = Dataset.open(str(config.data.shards), cache=config.data.cache)
-        for name in given.categories.split(",") if given.categories else dataset.categories("images"):
+        for name in given.categories.split(",") if given.categories else dataset.categories:
             results[name] = found = patchcore(dataset, name, config, given.imagenet)
             shown = ["–" if found[score] is None else f"{found[score]:.3f}" for score in SCORES]
             table.add_row(name, *shown, str(found["patches"]), f"{found['seconds']:.0f}")

@@ -1,6 +1,7 @@
 """The frozen network, the bank of normal patches, and the scales on which experts are compared."""
 
 import importlib.util
+import json
 import math
 import pickle
 import sys
@@ -12,6 +13,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
+from benchmarks import patchcore
 from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.source import Dataset
@@ -298,3 +300,14 @@ def test_without_its_package_the_preset_trains_without_a_frozen_network(monkeypa
 def test_a_threshold_from_synthetic_anomalies_does_not_go_with_a_frozen_network() -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.threshold synthetic with model\.features"):
         small_config(*FROZEN, "--evaluation.threshold", "synthetic")
+
+
+def test_the_benchmark_of_patchcore_scores_every_category(
+    demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = tmp_path / "numbers.json"
+    arguments = [str(demo_shards), "--store-size", "64", "--json", str(numbers)]
+    monkeypatch.setattr(sys, "argv", ["patchcore.py", *arguments])
+    assert patchcore.main() == 0
+    found = json.loads(numbers.read_text())
+    assert len(found) == 2 and found["demo_biscuit"]["pixel_auroc"] > 0.7 and found["demo_biscuit"]["weights"]["sha256"]
