@@ -16,6 +16,7 @@ from wads_dist.bank import Chosen, PatchBank, choose_patches, embed, resized
 from wads_dist.config import Config
 from wads_dist.data import Entry, TrainingSplit, decode_entries
 from wads_dist.distributed import Ranks
+from wads_dist.errors import NotFiniteError
 from wads_dist.experts import Experts
 from wads_dist.features import FrozenNetwork
 from wads_dist.models import Wads
@@ -36,6 +37,7 @@ def fit_experts(
 
     Raises:
         DataError: an image cannot be decoded, which is named, or there are too few.
+        NotFiniteError: the model has diverged.
     """
     torch.backends.cudnn.allow_tf32 = False  # as where images are scored
     split, device = TrainingSplit.of(dataset, category, config), ranks.device
@@ -62,6 +64,10 @@ def fit_experts(
         raise DataError(
             f"category {category!r}: all patches of the bank are of one image, which cannot be measured against itself; give "
             "more images, or raise features.images and features.patches"
+        )
+    if not everywhere.isfinite().all():
+        raise NotFiniteError(
+            f"{category}: the trained network's scores of normal images are not finite; train it again"
         )
     experts = Experts(config.experts, bank)
     experts.fit(everywhere)

@@ -312,12 +312,9 @@ class Wads(nn.Module):
                 f"{'no' if rows is None else 'a'} bank and {'' if f'{PREFIX}weight' in state else 'no '}experts"
             )
         if config.has_experts:
-            network = None if rows is None else FrozenNetwork(config.model.features)
-            bank = (
-                None
-                if rows is None or network is None
-                else PatchBank(network, config.features.size, torch.empty_like(rows))
-            )
+            bank = None
+            if rows is not None:
+                bank = PatchBank(FrozenNetwork(config.model.features), config.features.size, torch.empty_like(rows))
             self.experts = Experts(config.experts, bank)
 
 

@@ -24,7 +24,7 @@ from wads_dist.calibration import calibration_images, fit_experts, follows_input
 from wads_dist.config import Config, ConfigError, ExpertsConfig, load_config
 from wads_dist.data import TrainingSplit
 from wads_dist.distributed import Ranks
-from wads_dist.errors import ModelFileError, ModelWeightsError
+from wads_dist.errors import ModelFileError, ModelWeightsError, NotFiniteError
 from wads_dist.evaluate import evaluate, load_model, save_weights
 from wads_dist.experts import EXPERTS, PREFIX, TAIL, Experts, Surprise
 from wads_dist.features import SOURCES, load_network
@@ -282,6 +282,14 @@ def test_two_experts_need_no_frozen_network(demo_shards: Path, tmp_path: Path) -
     assert metrics["experts"].keys() == {"segmenter", "error"}
     with pytest.raises(ConfigError, match=r"model\.error_weight 1\.0 with experts"):
         small_config("--experts.error", "0.5", "--model.error_weight", "1")
+
+
+def test_a_network_that_has_diverged_is_named(demo_shards: Path) -> None:
+    config = small_config("--experts.error", "1")
+    model = Wads(config.model, 64).eval()
+    torch.nn.init.constant_(model.segmenter.head[-1].bias, math.nan)
+    with pytest.raises(NotFiniteError, match="demo_biscuit: the trained network's scores"):
+        fit_experts(model, None, config, Dataset.open(demo_shards), "demo_biscuit", ALONE)
 
 
 def test_without_its_package_the_preset_trains_without_a_frozen_network(monkeypatch: pytest.MonkeyPatch) -> None:
