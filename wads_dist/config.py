@@ -525,11 +525,6 @@ class EvaluationConfig(_Section):
         description="fraction of the normal training images (at least 4) that is used for the threshold, not for training; "
         "none of a category with fewer than 20 (0: none at all, and no threshold)",
     )
-    threshold: Literal["normal", "synthetic"] = Field(
-        "normal",
-        description="chosen with the images held out, never with the test set. normal: as low as the two false-positive rates "
-        "allow; synthetic: the best F1 on anomalies synthesised on them",
-    )
     pixel_false_positive_rate: float = Field(
         0.001, gt=0, lt=1, description="fraction of the pixels of normal images that may be marked"
     )
@@ -615,6 +610,8 @@ its own default, not what the preset would make of it today."""
 BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse", "evaluation.mask_rule": "nearest"}
 """What a file without these settings means that the software itself has written (a run's, a checkpoint's, a model's): it is
 older than they are, and was trained and scored like this. A person's file gets the defaults."""
+RETIRED = ("evaluation.threshold",)
+"""Settings that such a file may still have, and that mean nothing any more: a threshold is chosen in one way."""
 ADDRESSES = ("data.shards", "data.textures")
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
@@ -676,6 +673,8 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     resolved = from_file.pop(RESOLVED, False) is True
     if file is not None and Path(file).name == "config.toml" and Path(file).with_name("code.json").is_file():
         resolved = True  # a run's record, perhaps of a version that did not say so
+    if resolved:
+        from_file = {path: value for path, value in from_file.items() if path not in RETIRED}
     preset = command_line.get("preset", "wads" if resolved else from_file.get("preset", "wads"))
     chosen = "wads_plus" if falls_back(preset, from_file | command_line) else preset
     layers = [
@@ -748,7 +747,8 @@ def recorded_config(text: str) -> Config:
         ValueError: the text is not TOML, or has settings that this version does not know.
     """
     values = dict(_flatten(tomllib.loads(text), set(_fields())))
-    values.pop(RESOLVED, None)
+    for name in (RESOLVED, *RETIRED):
+        values.pop(name, None)
     return Config.model_validate(_nest(BEFORE | values))
 
 
@@ -847,11 +847,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"trainer.find_batch_size with parallel.categories_per_gpu {config.parallel.categories_per_gpu}: every category "
             "would take the whole device's memory for its own; give trainer.micro_batch_size"
-        )
-    if config.model.features != "none" and config.evaluation.threshold == "synthetic":
-        yield (
-            f"evaluation.threshold synthetic with model.features {config.model.features}: anomalies are synthesised at "
-            "data.image_size, and the frozen network reads the stored image; leave it at normal"
         )
     if config.has_experts and config.model.error_weight:
         yield f"model.error_weight {config.model.error_weight} with experts: experts.error takes its place; set it to 0"

@@ -1,45 +1,36 @@
 """The threshold of a trained model, chosen without the test set: from normal images that training never saw.
 
 A threshold fitted on the test set knows the defects it will be judged by, and what it achieves there says nothing about the
-next defect. Here it is either the lowest that keeps to two false-positive rates on the images held out, or the best for
-anomalies synthesised on them. What it achieves on the test set is then a result like any other. docs/metrics.md has more.
+next defect. Here it is the lowest that keeps to two false-positive rates on the images held out. What it achieves on the test
+set is then a result like any other. docs/metrics.md has more.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from kernels.synthesis import synthesise, whole_images
+from kernels.synthesis import whole_images
 from shards.source import Dataset
 from wads_dist.config import Config
-from wads_dist.data import (
-    HELD_OUT_OF_AT_LEAST,
-    Entry,
-    TrainingSplit,
-    decode_entries,
-    synthesis_settings,
-    texture_bank,
-)
+from wads_dist.data import HELD_OUT_OF_AT_LEAST, Entry, TrainingSplit, decode_entries
 from wads_dist.distributed import Ranks
-from wads_dist.metrics import Truth, binary_metrics, image_score
+from wads_dist.metrics import image_score
 from wads_dist.models import Wads
-from wads_dist.scoring import ExactScores, predict, rank_batches
-
-SYNTHETIC_SAMPLES = 256  # half of them without an anomaly
+from wads_dist.scoring import predict, rank_batches
 
 
 @dataclass(frozen=True)
 class Threshold:
     """A pixel whose probability, an image whose score is at least this is anomalous.
 
-    ``images`` is how many were held out; the two rates are what was aimed at (None where synthetic anomalies decided), and
-    ``achieved`` what it does on the images it was chosen with, never on the test set. ``warning``: why it cannot do what was
-    aimed at, for people.
+    ``images`` is how many were held out; the two rates are what was aimed at (None in a file of an earlier version, whose
+    threshold came from synthetic anomalies), and ``achieved`` what it does on the images it was chosen with, never on the test
+    set. ``warning``: why it cannot do what was aimed at, for people.
     """
 
     pixel: float
@@ -68,13 +59,7 @@ def fit_threshold(
         total = len(dataset.manifest(category).samples("train"))
         few = f"the {total} training images are too few to hold some out (at least {HELD_OUT_OF_AT_LEAST})"
         return None, few if config.evaluation.holdout else "evaluation.holdout is 0: no image was held out"
-    if config.evaluation.threshold == "normal":
-        return from_normal(model, config, dataset, category, entries, ranks), None
-    threshold = from_synthetic(model, config, dataset, category, entries, ranks)
-    return threshold, None if threshold else "no synthetic anomaly has left a mask: lower synthesis.threshold"
-
-
-# --- false-positive rates ----------------------------------------------------------------------------------------
+    return from_normal(model, config, dataset, category, entries, ranks), None
 
 
 def from_normal(
@@ -172,55 +157,6 @@ def image_threshold(scores: list[float], rate: float) -> tuple[float, dict[str, 
 
 def _just_above(score: float) -> float:
     return float(np.nextafter(np.float32(score), np.float32(np.inf)))
-
-
-# --- synthetic anomalies -----------------------------------------------------------------------------------------
-
-
-def from_synthetic(
-    model: Wads, config: Config, dataset: Dataset, category: str, entries: list[Entry], ranks: Ranks
-) -> Threshold | None:
-    """The thresholds of the best F1, of pixels and of images, on whole images with and without synthesised anomalies; None
-    if no pixel has become anomalous."""
-    evaluation = config.evaluation
-    stored = decode_entries(dataset, category, entries, config.data.store_size).to(ranks.device)
-    textures = texture_bank(config.data.textures, config.data.cache, config.data.store_size, ranks.device)
-    settings = replace(synthesis_settings(config), scale=(1.0, 1.0), rotation=0.0, clean_fraction=0.5)
-    pixels, scores, anomalous = ExactScores(ranks.device), list[float](), list[bool]()
-    for batch in rank_batches(SYNTHETIC_SAMPLES, evaluation.batch_size, ranks):
-        index = torch.arange(batch.start, batch.stop, device=ranks.device)
-        # Samples before the first: training, which counts from 0, never draws them.
-        made = synthesise(
-            stored,
-            textures,
-            -1 - index,
-            config.trainer.seed,
-            settings,
-            index % len(stored),
-            backend=config.trainer.kernels,
-        )
-        masks = made.mask[:, 0].cpu() > 0
-        probability = predict(model, made.anomalous, evaluation.batch_size, ranks.device).probability
-        pixels.add(probability.to(ranks.device), Truth.of(masks))
-        scores += image_score(probability, evaluation.score_window).tolist()
-        anomalous += masks.flatten(1).any(1).tolist()
-    of_pixels = pixels.ranked(ranks).metrics()
-    parts = ranks.gather((scores, anomalous))
-    of_images = binary_metrics(
-        torch.tensor([s for part in parts for s in part[0]]), torch.tensor([a for part in parts for a in part[1]])
-    )
-    pixel, image = of_pixels.threshold_at_f1_max, of_images.threshold_at_f1_max
-    if pixel is None or image is None:
-        return None
-    return Threshold(
-        pixel,
-        image,
-        "synthetic anomalies on images held out of training",
-        len(entries),
-        None,
-        None,
-        {"pixel_f1": of_pixels.f1_max or 0.0, "image_f1": of_images.f1_max or 0.0},
-    )
 
 
 # --- what it does on the test set --------------------------------------------------------------------------------

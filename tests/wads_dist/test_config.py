@@ -115,6 +115,13 @@ def test_what_was_written_before_a_setting_existed_means_what_was_trained(tmp_pa
     assert load_config(["--config", own]).objective.kl.direction == "printed"
 
 
+def test_a_setting_that_is_gone_is_read_past_in_a_record_and_refused_of_a_person(tmp_path: Path) -> None:
+    record = Config().to_toml().replace("[evaluation]", '[evaluation]\nthreshold = "synthetic"')
+    assert recorded_config(record) == load_config(["--config", write(tmp_path / "config.toml", record)]) == Config()
+    with pytest.raises(ConfigError, match=r"evaluation\.threshold: unknown setting"):
+        load_config(["--evaluation.threshold", "normal"])
+
+
 def test_presets_and_eq_3_6() -> None:
     directions = {preset: load_config(["--preset", preset]).objective.kl.direction for preset in PRESETS}
     printed = dict.fromkeys(("wads", "paper_literal", "wads_features"), "printed")

@@ -305,11 +305,6 @@ def test_without_its_package_the_preset_trains_without_a_frozen_network(monkeypa
         assert load_config([*wanted, *asked]).model.features == LITE
 
 
-def test_a_threshold_from_synthetic_anomalies_does_not_go_with_a_frozen_network() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.threshold synthetic with model\.features"):
-        small_config(*FROZEN, "--evaluation.threshold", "synthetic")
-
-
 def test_the_benchmark_of_patchcore_scores_every_category(
     demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,6 @@ from wads_dist.thresholds import (
     pixel_threshold,
     shortfall,
 )
-from wads_dist.trivial import gaussian_blur
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -213,38 +212,6 @@ def test_without_images_held_out_there_is_a_reason(demo_shards: Path, shards: Pa
     off = config("--evaluation.holdout", "0")
     none, reason = fit_threshold(model, off, Dataset.open(shards), "demo_biscuit", ALONE)
     assert none is None and reason is not None and "evaluation.holdout is 0" in reason
-
-
-# --- synthetic anomalies ---
-
-
-class BrightPixels:
-    """Stands in for the network: whatever differs from a smooth picture is anomalous."""
-
-    experts, reads_stored = None, False
-
-    def predict(self, x: Tensor, stored: Tensor | None = None) -> Scored:
-        return Scored(x, (x - gaussian_blur(x, 8.0)).abs().mean(1), torch.zeros(len(x), 4))
-
-
-def test_synthetic_anomalies_give_thresholds_that_find_some(shards: Path) -> None:
-    threshold, _ = fit_threshold(
-        BrightPixels(),
-        config("--evaluation.threshold", "synthetic"),
-        Dataset.open(shards),
-        "demo_biscuit",
-        ALONE,  # type: ignore[arg-type]
-    )
-    assert threshold is not None and threshold.source == "synthetic anomalies on images held out of training"
-    assert threshold.pixel_false_positive_rate is None and 0 < threshold.pixel < 1 and 0 < threshold.image < 1
-    # Far above what calling everything anomalous gives: 0.1 of the pixels, and 0.65 of the images.
-    assert threshold.achieved["pixel_f1"] > 0.3 and threshold.achieved["image_f1"] > 0.7
-
-
-def test_synthesis_that_never_makes_a_mask_gives_a_reason(shards: Path) -> None:
-    settings = config("--evaluation.threshold", "synthetic", "--synthesis.threshold", "0.99")
-    none, reason = fit_threshold(BrightPixels(), settings, Dataset.open(shards), "demo_biscuit", ALONE)  # type: ignore[arg-type]
-    assert none is None and reason is not None and "synthesis.threshold" in reason
 
 
 # --- what becomes of it ---

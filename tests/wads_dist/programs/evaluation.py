@@ -1,4 +1,4 @@
-"""``evaluate`` as real ranks: arguments are the shards and, for each evaluation, "exact|histogram normal|synthetic
+"""``evaluate`` as real ranks: arguments are the shards and, for each evaluation, "exact|histogram
 [FROZEN_NETWORK]"; prints a line of JSON for each, floats to the last bit."""
 
 import json
@@ -24,14 +24,14 @@ if __name__ == "__main__":
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     for setting in sys.argv[2:]:
-        metrics, threshold, *frozen = setting.split()
+        metrics, *frozen = setting.split()
         config = small_config(
             *(
                 f"--model.features {frozen[0]} --features.size 64 --features.patches 200 --experts.error 1".split()
                 if frozen
                 else ()
             ),
-            *f"--evaluation.metrics {metrics} --evaluation.threshold {threshold} --evaluation.batch_size 3".split(),
+            *f"--evaluation.metrics {metrics} --evaluation.batch_size 3".split(),
             *"--evaluation.bins 64 --evaluation.pixel_false_positive_rate 0.2".split(),
         )
         torch.manual_seed(0)
