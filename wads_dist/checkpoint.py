@@ -3,6 +3,7 @@
     step-00001200/
         generator-segmenter/, discriminator/   DeepSpeed's sharded state of each engine
         rank-00000.pt …               this rank's random state, its own BatchNorm buffers and moving average
+        best.pt                       weights of the best score so far, where early stopping has taken one
         progress.json                 data position, counts, loss scale, world size, configuration, the data's hashes
         manifest.json                 size and SHA-256 of all of them
 
@@ -41,6 +42,7 @@ __all__ = ["DataHashes", "Saved", "resume", "save", "write_text"]
 
 ENGINES = ("generator-segmenter", "discriminator")
 TAG = "state"
+BEST = "best.pt"
 # Weights as the module has them and as the optimiser has them, and Adam's two moments, all fp32.
 BYTES_PER_PARAMETER = 16
 SAFETY = 1.1
@@ -177,6 +179,8 @@ def save(
         with writer.installed(engine):
             engine.save_checkpoint(str(partial / engine_name), tag=TAG, save_latest=False)
     writer.save(rank_state(trainer), partial / f"rank-{ranks.rank:05d}.pt")
+    if trainer.best is not None:
+        writer.save(trainer.best, partial / BEST)
     written = ranks.gather((writer.entries, describe(writer.error) if writer.error else None))
     saved = None
     if ranks.is_first:
@@ -246,7 +250,8 @@ def describe(error: OSError) -> str:
 def size_estimate(trainer: "Trainer") -> int:
     """Bytes a checkpoint will take, generously."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for engine in trainer.both for p in engine.module.parameters())
-    average = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.gs.module.parameters()) if trainer.ema else 0
+    copies = bool(trainer.ema) + bool(trainer.config.stopping.every)
+    average = copies * sum(getattr(p, "ds_numel", p.numel()) for p in trainer.gs.module.parameters())
     buffers = sum(b.numel() * b.element_size() for b in trainer.gs.module.buffers()) * (trainer.ranks.world_size + 1)
     return int(SAFETY * (parameters * BYTES_PER_PARAMETER + average * 4 + buffers)) + 2**20
 
@@ -353,6 +358,8 @@ def restore(
     restore_random_state(state["random"])
     trainer.progress.load_state_dict(saved["progress"])
     trainer.loss_scale.load_state_dict(saved["loss_scale"])
+    if trainer.progress.scores and trainer.ranks.is_first:
+        trainer.best = torch.load(checkpoint / BEST, map_location="cpu", weights_only=True)
 
 
 def choose(ranks: "Ranks", folder: Path, report: Report) -> Path | None:

@@ -455,6 +455,19 @@ class TrainerConfig(_Section):
         return betas
 
 
+class StoppingConfig(_Section):
+    """Early stopping by the score of synthetic anomalies on normal images held out of training."""
+
+    every: int = Field(
+        0,
+        ge=0,
+        description="samples between two scores; the weights of the best are evaluated (0: no scores; the last weights are)",
+    )
+    patience: int = Field(
+        8, ge=1, description="scores in a row that are no higher than the best so far, after which training ends"
+    )
+
+
 class ParallelConfig(_Section):
     """How the launched ranks share the categories."""
 
@@ -562,6 +575,7 @@ class Config(_Section):
     experts: ExpertsConfig = Field(ExpertsConfig(), description="scores beside the segmenter's")
     objective: ObjectiveConfig = Field(ObjectiveConfig(), description="losses")
     trainer: TrainerConfig = Field(TrainerConfig(), description="optimisation")
+    stopping: StoppingConfig = Field(StoppingConfig(), description="early stopping")
     parallel: ParallelConfig = Field(ParallelConfig(), description="categories side by side")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="scoring")
@@ -848,6 +862,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             f"trainer.find_batch_size with parallel.categories_per_gpu {config.parallel.categories_per_gpu}: every category "
             "would take the whole device's memory for its own; give trainer.micro_batch_size"
         )
+    if config.stopping.every and not config.evaluation.holdout:
+        yield f"stopping.every {config.stopping.every} with evaluation.holdout 0: it scores images held out of training"
     if config.has_experts and config.model.error_weight:
         yield f"model.error_weight {config.model.error_weight} with experts: experts.error takes its place; set it to 0"
     if trainer.cuda_graph:

@@ -12,29 +12,29 @@ from typing import Any
 
 @dataclass
 class History:
-    """``steps`` and ``rejected``: the lines of that name which still stand. ``resumes``: samples at which training went on."""
+    """``steps``, ``rejected`` and ``scores`` (of early stopping): the lines of that name which still stand. ``resumes``: the
+    samples at which training went on."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
     resumes: list[int] = field(default_factory=list)
 
     def add(self, event: dict[str, Any]) -> None:
         """Takes in the next line of the file."""
         kind, step = event.get("event"), event.get("step")
-        if kind not in ("start", "resume", "step", "rejected") or not isinstance(step, int):
+        if kind not in ("start", "resume", "step", "rejected", "score") or not isinstance(step, int):
             return
         if kind in ("start", "resume"):
-            self.steps = [e for e in self.steps if e["step"] <= step]
-            self.rejected = [e for e in self.rejected if e["step"] <= step]
+            for lines in (self.steps, self.rejected, self.scores):
+                lines[:] = [e for e in lines if e["step"] <= step]
             samples = event.get("samples")
             if kind == "start":
                 self.resumes = []
             elif isinstance(samples, int):
                 self.resumes = [*(s for s in self.resumes if s < samples), samples]
-        elif kind == "step":
-            self.steps.append(event)
         else:
-            self.rejected.append(event)
+            {"step": self.steps, "rejected": self.rejected, "score": self.scores}[kind].append(event)
 
     def losses(self, name: str, most: int) -> tuple[list[float], list[float | None]]:
         """Samples and a loss, as means over equally many logged steps so that there are at most ``most`` points.

@@ -381,3 +381,12 @@ def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False), GroupNorm(out_channels, 0.0), ACTIVATED()
     )
+
+
+def separate_model(config: Config, state: dict[str, Tensor]) -> Wads:
+    """The network of ``state`` in evaluation mode, fp32, on the CPU; made without drawing initial weights."""
+    architecture = config.model.model_copy(update={"weights": "random", "freeze_batchnorm": False})
+    with torch.device("meta"):
+        model = Wads(architecture, config.data.image_size)
+    model.load_state_dict(state, assign=True)
+    return model.eval()

@@ -257,6 +257,12 @@ def charts(c: Category) -> list[Chart]:
     for title, names in LOSSES.items() if end else ():
         series = [Series(label, *c.history.losses(name, CURVE_POINTS)) for name, label in names.items()]
         found.append(Chart(title, "samples", series, float(end), log=True, marks=c.history.resumes))
+    if c.history.scores:
+        points = [(number(event, "samples"), number(event, "score")) for event in c.history.scores]
+        known = [(x, y) for x, y in points if x is not None]
+        series = [Series("", [x for x, _ in known], [y for _, y in known])]
+        end = max(end, *(x for x, _ in known))
+        found.append(Chart("Held-out synthetic anomalies", "samples", series, float(end), marks=c.history.resumes))
     return found
 
 
@@ -304,6 +310,14 @@ def facts(c: Category) -> Iterator[str]:
         parts += [f"{ranks:.0f} rank{'s' * (ranks != 1)}"] if ranks else []
         parts += [str(status.metrics[key]) for key in ("precision", "backbone") if key in status.metrics]
         yield ", ".join([*parts, *([f"{images:,.0f} test images"] if images else [])]) + "."
+        if (best := c.score("stopping.samples")) is not None:
+            early = "Stopped early" if lookup(status.metrics, "stopping.early") else "Not stopped early"
+            scores = f"{show(c.score('stopping.scores'), 0)} scores ({show(c.score('stopping.score'))})"
+            source = lookup(status.metrics, "stopping.source")
+            yield (
+                f"{early}: the weights are those after {best:,.0f} samples, which had the best of {scores} of synthetic "
+                f"anomalies on {source}."
+            )
     else:
         yield f"Not done: {status.state}" + (f" at {status.samples:,} samples." if status.samples else ".")
     if c.threshold:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.objective import ObjectiveWeights, objective
 from kernels.synthesis import Batch
-from wads_dist import engines, graph, guards
+from wads_dist import engines, graph, guards, stopping
 from wads_dist.config import Config, ObjectiveConfig, resolve_batches
 from wads_dist.data import TrainingData, rank_samples
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision, with_monitors, without_monitors
@@ -40,12 +40,14 @@ class Progress:
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list)
     """Losses of the last steps taken, for the spike guard."""
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    """Of early stopping: samples, and the score after them."""
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self) | {"recent": list(self.recent)}
+        return vars(self) | {"recent": list(self.recent), "scores": list(self.scores)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state | {"scores": [(samples, score) for samples, score in state.get("scores", [])]})
 
 
 @dataclass
@@ -177,6 +179,8 @@ class Trainer:
         self.weights = objective_weights(config.objective)
         self.loss_scale = engines.LossScale.for_precision(self.precision)
         self.progress = Progress()
+        self.best: dict[str, Tensor] | None = None
+        """Weights of the best of ``progress.scores``, as ``inference_state`` returns them; on the first rank."""
         self.graph: graph.StepGraph | None = None
         self.why_no_graph = graph.why_no_graph(
             config, ranks.device.type, ranks.world_size, self.gs.zero_optimization_stage()
@@ -360,7 +364,8 @@ class Trainer:
             )
 
     def train(self, on_step: Callable[["Trainer", Losses], None]) -> bool:
-        """Steps until the budget is spent, or until a rank asks to stop; ``on_step`` logs and saves. True if all was spent.
+        """Steps until the training is ``finished``, or until a rank asks to stop; ``on_step`` logs, scores and saves. Returns
+        whether it is finished.
 
         Raises:
             NotFiniteError: too many steps in a row were skipped.
@@ -368,14 +373,20 @@ class Trainer:
         self.gs.train()
         self.d.train()
         started = time.monotonic() - self.progress.seconds
-        while self.progress.next_sample < self.config.trainer.samples:
+        while not self.finished:
             losses = self.step(self.progress.next_sample)
             self.progress.seconds = time.monotonic() - started
             on_step(self, losses)
             self._give_up_if_hopeless(losses)
             if losses.verdict and losses.verdict.stop:
                 break
-        return self.progress.next_sample >= self.config.trainer.samples
+        return self.finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent, or early stopping has ended the training before."""
+        spent = self.progress.next_sample >= self.config.trainer.samples
+        return spent or stopping.is_over(self.progress.scores, self.config.stopping)
 
     def inference_state(self) -> dict[str, Tensor]:
         """Whole fp32 weights of generator and segmenter for evaluation and export: the moving average where one is kept,

@@ -22,7 +22,7 @@ from kernels.synthesis import Batch, synthesise
 from shards.source import Dataset
 from wads_dist.config import Config
 from wads_dist.data import TrainingData, TrainingSplit, decode_entries
-from wads_dist.models import Wads
+from wads_dist.models import separate_model
 from wads_dist.predict import heat_colours
 from wads_dist.trainer import Trainer
 
@@ -82,15 +82,6 @@ def validation_figure(trainer: Trainer, samples: ValidationSamples) -> NDArray[n
     truth = samples.batch.mask.squeeze(1)
     title = f"{samples.source}, synthetic anomalies; after {trainer.progress.next_sample:,} samples"
     return draw([samples.batch.anomalous, reconstruction, truth, probability, without], title)
-
-
-def separate_model(config: Config, state: dict[str, Tensor]) -> Wads:
-    """The network of ``state`` in evaluation mode, fp32, on the CPU; made without drawing initial weights."""
-    architecture = config.model.model_copy(update={"weights": "random", "freeze_batchnorm": False})
-    with torch.device("meta"):
-        model = Wads(architecture, config.data.image_size)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
 
 
 def draw(columns: list[Tensor], title: str) -> NDArray[np.uint8]:

@@ -48,6 +48,7 @@ from wads_dist.record import refuse_links
 from wads_dist.results import save_results
 from wads_dist.signals import StopRequest, worker_signals
 from wads_dist.status import EVENTS
+from wads_dist.stopping import HeldOutScore, best_of, is_due
 from wads_dist.trainer import Losses, Trainer
 
 REJECTED = "rejected.jsonl"
@@ -146,6 +147,25 @@ def stage_note(config: Config, stage: int | None, resumed: bool) -> str | None:
     return f"ZeRO-0: a rank that trains alone has nothing to share (stage {of_file} of {path} is for groups)"
 
 
+def stopping_note(trainer: Trainer) -> str:
+    """What early stopping has come to, for people."""
+    scores, budget = trainer.progress.scores, trainer.config.trainer.samples
+    best, score = scores[best_of(scores)]
+    early = f"stopped after {trainer.progress.next_sample:,} of {budget:,} samples; " * (
+        trainer.progress.next_sample < budget
+    )
+    return f"{early}the best of {len(scores)} held-out scores ({score:.3f}) came after {best:,}, whose weights are kept"
+
+
+def stopping_record(trainer: Trainer, held_out: HeldOutScore) -> dict[str, Any]:
+    """The same for ``metrics.json``."""
+    best, score = trainer.progress.scores[best_of(trainer.progress.scores)]
+    early = trainer.progress.next_sample < trainer.config.trainer.samples
+    return {"samples": best, "score": score, "scores": len(trainer.progress.scores), "early": early} | {
+        "source": held_out.source
+    }
+
+
 def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, pulse: Pulse) -> None:
     """Trains, evaluates and records one category; resumes from its newest checkpoint.
 
@@ -187,6 +207,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     pictured = (
         validation.ValidationSamples.of(config, dataset, category, trainer.data) if validation.wanted(trainer) else None
     )
+    held_out = HeldOutScore(config, dataset, category, images, ranks) if config.stopping.every else None
     if resumed:
         checkpoint.restore(trainer, resumed, data, events.write)
     if config.trainer.cuda_graph and ranks.is_first and trainer.why_no_graph:
@@ -216,7 +237,14 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
         nonlocal last_save, seconds, unsaved
         progress, every, verdict = trainer.progress, config.checkpoint, losses.verdict
         assert verdict is not None
-        finished = progress.next_sample >= config.trainer.samples
+        if held_out and is_due(progress, config):
+            pulse.mark("score", progress.step)
+            score, is_best = held_out(trainer)
+            samples = progress.next_sample
+            events.write("score", step=progress.step, samples=samples, score=score, best=is_best)
+            if ranks.is_first and trainer.gs.monitor.enabled:
+                trainer.gs.monitor.write_events([("held out/pixel_ap", score, samples)])
+        finished = trainer.finished
         seconds = [a + b for a, b in zip(seconds, verdict.seconds, strict=True)]
         if not verdict.rejected:
             taken.append(verdict.loss)
@@ -260,8 +288,8 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
                 validation.show(trainer, pictured)
 
     with stop.deferred():
-        spent = trainer.train(on_step)
-    if stop.requested or not spent:
+        ended = trainer.train(on_step)
+    if stop.requested or not ended:
         events.write("preempted", step=trainer.progress.step, samples=trainer.progress.next_sample)
         outcome = f"BUT NOT SAVED ({unsaved})" if unsaved else "and saved"
         raise PreemptedError(
@@ -270,6 +298,10 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
         )
     pulse.mark("evaluate", trainer.progress.step)
     state = trainer.inference_state()
+    if held_out and ranks.is_first:
+        assert trainer.best is not None
+        state = trainer.best
+        say(f"{category}: {stopping_note(trainer)}")
     require_lease(work.lease, ranks)
     # Until it has its experts, what is published is a whole model without any.
     without = {"model": config.model.model_copy(update={"features": "none"}), "experts": ExpertsConfig()}
@@ -301,6 +333,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "backbone": f"{config.model.backbone} ({config.model.weights} weights)",
             "fingerprint": data.fingerprint,
             "features": frozen[1] if frozen else None,
+            "stopping": stopping_record(trainer, held_out) if held_out else None,
         }
         save_results(folder, category, evaluation, config)
         require_lease(work.lease, ranks)

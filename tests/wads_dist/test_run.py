@@ -109,9 +109,10 @@ def started(run: Path, event: str, arguments: list[str]) -> "subprocess.Popen[by
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(demo_shards: Path, tmp_path: Path) -> None:
-    """Weights, BatchNorm buffers and moving average of a run killed between checkpoints, against the unbroken run's. The killed
-    one is of a server that asks for a password, which it was given and has written nowhere."""
+    """Weights, BatchNorm buffers, moving average and held-out scores of a run killed between checkpoints, against the unbroken
+    run's. The killed one is of a server that asks for a password, which it was given and has written nowhere."""
     options = ["--data.categories", "demo_biscuit", "--checkpoint.every_steps", "2", "--trainer.ema", "0.9"]
+    options += ["--stopping.every", "8"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert launch(command(demo_shards, whole, *options)).returncode == 0
     with serving(demo_shards) as host:
@@ -129,6 +130,8 @@ def test_a_killed_run_resumes_to_the_same_bits(demo_shards: Path, tmp_path: Path
     assert "s3cr3t" not in resumed.stdout + resumed.stderr
     a, b = (load_file(run / "demo_biscuit" / "weights.safetensors") for run in (whole, broken))
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    of_whole, of_broken = (json.loads((run / "demo_biscuit" / "metrics.json").read_text()) for run in (whole, broken))
+    assert of_whole["stopping"] == of_broken["stopping"] and of_whole["stopping"]["scores"] == 6
     ids = [e["samples"] for e in events(broken, "demo_biscuit") if e["event"] in ("start", "resume")]
     assert ids[0] == 0 and len(ids) == 2 and 0 < int(str(ids[1])) < 48  # it did go on, and not from the start
 

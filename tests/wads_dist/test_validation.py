@@ -12,9 +12,9 @@ from shards.source import Dataset
 from wads_dist.config import Config, load_config
 from wads_dist.data import TrainingData, TrainingSplit, decode_entries
 from wads_dist.distributed import Ranks
-from wads_dist.models import Wads
+from wads_dist.models import Wads, separate_model
 from wads_dist.trainer import Progress
-from wads_dist.validation import COUNT, ValidationSamples, separate_model, validation_figure
+from wads_dist.validation import COUNT, ValidationSamples, validation_figure
 
 CPU = torch.device("cpu")
 Run = Callable[..., list[str]]
