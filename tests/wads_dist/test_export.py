@@ -90,7 +90,10 @@ def test_both_formats_say_what_the_checkpoint_says(exported: tuple[Path, dict]) 
 
 def test_parts_that_are_off_by_default_are_exported_too(tmp_path: Path) -> None:
     needs_onnx()
-    trained(tmp_path / "nut", f"{SMALL} --preset wads_plus --model.skips")
+    trained(
+        tmp_path / "nut",
+        f"{SMALL} --model.difference true --model.error_weight 1 --model.smoothing 1.5 --model.padding replicate --model.skips",
+    )
     content = export(tmp_path / "nut", tmp_path / "export", ["onnx", "torch"], None)
     assert content["agrees"]
     for name in ("onnx", "torch"):

@@ -13,10 +13,10 @@ Run = Callable[..., list[str]]
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("kernels", "wads_plus: gradients differ from cpu's"),
+        ("kernels", "difference, replicated edges: gradients differ from cpu's"),
         ("overflow", "numbers are the same"),
         ("resume", "resume at ZeRO-1"),
-        ("layout", "wads_plus: "),
+        ("layout", "difference, replicated edges: "),
         ("graph", "the steps differ by 0.0e+00"),
         pytest.param("default", "default, bf16: the steps differ", id="compiled"),
         pytest.param("reduce-overhead", "reduce-overhead, bf16: the steps differ", id="compiled to graphs"),

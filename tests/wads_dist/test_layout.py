@@ -10,7 +10,11 @@ from wads_dist.config import load_config
 from wads_dist.layers import kept_interpolation
 from wads_dist.models import Discriminator, Wads
 
-PRESETS = ("wads", "paper_literal", "wads_plus")
+SETTINGS = {
+    "wads": "--preset wads",
+    "paper_literal": "--preset paper_literal",
+    "difference, replicated edges": "--model.difference true --model.padding replicate",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +46,9 @@ def layouts(*settings: str, train: bool) -> Layouts:
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_training_step_keeps_layout_and_type(preset: str, backbone: str) -> None:
-    seen = layouts("--preset", preset, "--model.backbone", backbone, train=True).count
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_training_step_keeps_layout_and_type(settings: str, backbone: str) -> None:
+    seen = layouts(*settings.split(), "--model.backbone", backbone, train=True).count
     # 6 and 6 encodings of X and X_a, 6 of the decoder; 20 or 53 of the ResNet, 8 of the pyramid, 5 behind it; and backward.
     assert seen["forward"] == {"resnet18": 51, "resnet50": 84}[backbone], seen
     assert seen["convolutions"] > 1.8 * seen["forward"] and seen["norms"] > 60 and seen["upsamplings"] > 10, seen
@@ -54,9 +58,9 @@ def test_a_training_step_keeps_layout_and_type(preset: str, backbone: str) -> No
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_inference_keeps_the_layout(preset: str) -> None:
-    seen = layouts("--preset", preset, train=False).count
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_inference_keeps_the_layout(settings: str) -> None:
+    seen = layouts(*settings.split(), train=False).count
     assert seen["convolutions"] > 60 and not seen["convolutions in NCHW"], seen
 
 
@@ -71,5 +75,5 @@ def test_the_count_sees_a_layout_that_is_lost(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         "wads_dist.layers.replicate", lambda x, n: torch.nn.functional.pad(x, (n,) * 4, mode="replicate")
     )
-    seen = layouts("--preset", "wads_plus", "--model.backbone", "resnet18", train=True).count
+    seen = layouts("--model.padding", "replicate", "--model.backbone", "resnet18", train=True).count
     assert seen["convolutions in NCHW"] > 30, seen

@@ -29,6 +29,10 @@ from wads_dist.trainer import Trainer
 
 IDS = 8
 GOLDEN_STEPS = 5
+SETTINGS = {
+    "wads": ("--preset", "wads"),
+    "difference, replicated edges": ("--model.difference", "true", "--model.padding", "replicate"),
+}
 
 
 def on_cpu(trainer: Trainer) -> Trainer:
@@ -50,12 +54,12 @@ def kernels(ranks: Ranks) -> None:
     """Losses and gradients with our kernels are those of torch's own operators, on this device and on a CPU, in fp32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     ids = torch.arange(IDS, device=ranks.device)
-    for preset in ("wads", "wads_plus"):
+    for what, settings in SETTINGS.items():
         losses, gradients = {}, {}
         for name in ("auto", "torch"):
-            trainer = small_trainer(ranks, "--preset", preset, "--trainer.kernels", name)
+            trainer = small_trainer(ranks, *settings, "--trainer.kernels", name)
             # The same samples for all: of those that are made twice, a pixel on the threshold may be another.
-            samples = Samples(small_config("--preset", preset, "--trainer.kernels", "torch"))
+            samples = Samples(small_config(*settings, "--trainer.kernels", "torch"))
             batch = samples.batch(torch.arange(IDS, device=ranks.device))
             trainer.data = Mock(batch=lambda *_, batch=batch: batch)
             losses[name], gradients[name] = trainer.micro_batch(ids)
@@ -63,14 +67,14 @@ def kernels(ranks: Ranks) -> None:
         for other in ("torch", "cpu"):
             for name, loss in losses["auto"].items():
                 assert abs(loss.item() - losses[other][name].item()) < 1e-4 * (1 + abs(loss.item())), (
-                    preset,
+                    what,
                     other,
                     name,
                 )
             difference = apart(gradients["auto"], gradients[other])
             # fp32 itself is up to 1e-3 from fp64 here.
-            assert difference < 1e-2, (preset, other, difference)
-            print(f"{preset}: gradients differ from {other}'s by {difference:.1e}", flush=True)
+            assert difference < 1e-2, (what, other, difference)
+            print(f"{what}: gradients differ from {other}'s by {difference:.1e}", flush=True)
 
 
 def overflow(ranks: Ranks) -> None:
@@ -126,14 +130,14 @@ def resume(ranks: Ranks) -> None:
 
 def layout(ranks: Ranks) -> None:
     """What the fake tensors promise: no convolution sees NCHW, nothing that normalises or upsamples runs in fp32."""
-    for preset in ("wads", "paper_literal", "wads_plus"):
-        trainer = small_trainer(ranks, "--preset", preset, "--trainer.precision", "bf16")
+    for what, settings in (SETTINGS | {"paper_literal": ("--preset", "paper_literal")}).items():
+        trainer = small_trainer(ranks, *settings, "--trainer.precision", "bf16")
         with Layouts(real=True) as seen:
             trainer.step(0)
         count = seen.count
         wrong = {k: n for k, n in count.items() if n and k.endswith(("NCHW", "norms in fp32", "upsamplings in fp32"))}
-        assert count["convolutions"] > 100 and not wrong, (preset, dict(count))
-        print(f"{preset}: {count['convolutions']} convolutions, none in NCHW", flush=True)
+        assert count["convolutions"] > 100 and not wrong, (what, dict(count))
+        print(f"{what}: {count['convolutions']} convolutions, none in NCHW", flush=True)
 
 
 def same_steps(ranks: Ranks, prepare: str, precision: str, tolerance: float) -> None:
