@@ -796,11 +796,10 @@ How to start (README.md has more):
   The demo, two categories within minutes:
     make demo
   Your own images; DIR is laid out as MVTec AD, as one category of it, or as good/ and bad/:
-    deepspeed launch/train.py --config configs/mvtec.toml --data.root DIR --run.dir runs/NAME
-  A first look at them without a GPU:
+    deepspeed launch/train.py --config configs/own_images.toml --data.root DIR --run.dir runs/NAME
+  The same without a GPU:
     export DS_ACCELERATOR=cpu
-    deepspeed --num_accelerators 2 launch/train.py --config configs/hazelnut.toml \\
-      --data.root DIR --data.categories all --run.dir runs/NAME
+    deepspeed --num_accelerators 2 launch/train.py --config configs/own_images.toml --data.root DIR --run.dir runs/NAME
   Every setting:
     python launch/train.py --help"""
 

@@ -268,7 +268,8 @@ class Wads(nn.Module):
             left_out: bool [N, K], rows of the bank that do not count for an image.
         """
         odds = self.segmenter(image, reconstruction).float()
-        error = (image.float() - reconstruction.float()).abs().mean(1, keepdim=True)
+        # The largest of the three channels: a stain is often of one colour.
+        error = (image.float() - reconstruction.float()).abs().amax(1, keepdim=True)
         # The segmenter's map is as sharp as it should be: smoothed, it loses thin defects.
         scores = torch.cat([odds, self._blurred(error)], 1)
         if bank is None:

@@ -284,6 +284,14 @@ def test_two_experts_need_no_frozen_network(demo_shards: Path, tmp_path: Path) -
         small_config("--experts.error", "0.5", "--model.error_weight", "1")
 
 
+def test_the_errors_expert_sees_a_stain_of_one_colour() -> None:
+    model = Wads(small_config().model, 64).eval()
+    image, reconstruction = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        scores = model.raw_scores(image, reconstruction, None, None)
+    assert torch.equal(scores[:, 1], (image - reconstruction).abs().amax(1))
+
+
 def test_a_network_that_has_diverged_is_named(demo_shards: Path) -> None:
     config = small_config("--experts.error", "1")
     model = Wads(config.model, 64).eval()
