@@ -126,7 +126,8 @@ def plan_run(config: Config) -> int:
         shared = f"{micro} on each rank, {accumulation} times"
         if config.trainer.find_batch_size:
             shared = "on each rank as many at a time as is found fastest"
-        budget = f"{config.trainer.samples:,} samples each, {config.trainer.global_batch_size} a step"
+        at_most = " at most" if config.stopping.every else ""
+        budget = f"{config.trainer.samples:,} samples each{at_most}, {config.trainer.global_batch_size} a step"
         console.print(f"{budget} ({shared}); run: {config.run.dir}", highlight=False)
     return launch.leave(ExitCode.OK)
 

@@ -309,7 +309,9 @@ def _row(c: CategoryStatus) -> list[Text]:
     elif c.state == "lost" and c.quiet:
         state = f"lost {c.quiet / 60:,.0f} min"
     samples = "–" if c.samples is None else f"{c.samples:,}"
-    if c.samples is not None and c.total_samples:
+    if (
+        c.samples is not None and c.total_samples and c.state != "done"
+    ):  # early stopping may have left some of the budget
         samples = f"{100 * c.samples / c.total_samples:.0f} %"
     scores = [_number(*pair) for pair in ((c.images_per_second, 1), (c.loss, 3), (c.pixel_auroc, 3))]
     node = Text(f"{c.group} {c.host}".strip(), no_wrap=True)
