@@ -3,7 +3,7 @@
     step-00001200/
         generator-segmenter/, discriminator/   DeepSpeed's sharded state of each engine
         rank-00000.pt …               this rank's random state, its own BatchNorm buffers and moving average
-        best.pt                       weights of the best score so far, where early stopping has taken one
+        stopping.pt                   weights of the best score so far, where early stopping has taken one
         progress.json                 data position, counts, loss scale, world size, configuration, the data's hashes
         manifest.json                 size and SHA-256 of all of them
 
@@ -42,7 +42,7 @@ __all__ = ["DataHashes", "Saved", "resume", "save", "write_text"]
 
 ENGINES = ("generator-segmenter", "discriminator")
 TAG = "state"
-BEST = "best.pt"
+STOPPING = "stopping.pt"
 # Weights as the module has them and as the optimiser has them, and Adam's two moments, all fp32.
 BYTES_PER_PARAMETER = 16
 SAFETY = 1.1
@@ -180,7 +180,7 @@ def save(
             engine.save_checkpoint(str(partial / engine_name), tag=TAG, save_latest=False)
     writer.save(rank_state(trainer), partial / f"rank-{ranks.rank:05d}.pt")
     if trainer.best is not None:
-        writer.save(trainer.best, partial / BEST)
+        writer.save(trainer.best, partial / STOPPING)
     written = ranks.gather((writer.entries, describe(writer.error) if writer.error else None))
     saved = None
     if ranks.is_first:
@@ -289,7 +289,7 @@ def check_objective(saved: str, config: "Config", checkpoint: Path) -> None:
         changed = config_difference(recorded_config(saved), config)
     except ValueError as error:
         raise ResumeError(f"{checkpoint}: its settings are not those of this version of WADS-dist ({error})") from error
-    if lines := [line for line in changed if line.startswith(("objective.", "synthesis."))]:
+    if lines := [line for line in changed if line.startswith(("objective.", "synthesis.", "stopping."))]:
         raise ResumeError(
             f"{checkpoint} was trained with another objective (its value → yours):\n  "
             + "\n  ".join(lines)
@@ -359,7 +359,7 @@ def restore(
     trainer.progress.load_state_dict(saved["progress"])
     trainer.loss_scale.load_state_dict(saved["loss_scale"])
     if trainer.progress.scores and trainer.ranks.is_first:
-        trainer.best = torch.load(checkpoint / BEST, map_location="cpu", weights_only=True)
+        trainer.best = torch.load(checkpoint / STOPPING, map_location="cpu", weights_only=True)
 
 
 def choose(ranks: "Ranks", folder: Path, report: Report) -> Path | None:

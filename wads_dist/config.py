@@ -623,8 +623,8 @@ its own default, not what the preset would make of it today."""
 BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse", "evaluation.mask_rule": "nearest"}
 """What a file without these settings means that the software itself has written (a run's, a checkpoint's, a model's): it is
 older than they are, and was trained and scored like this. A person's file gets the defaults."""
-RETIRED = ("evaluation.threshold",)
-"""Settings that such a file may still have, and that mean nothing any more: a threshold is chosen in one way."""
+RETIRED = {"evaluation.threshold": "; a threshold comes from normal images alone now: take the line out"}
+"""Settings that such a file may still have and that mean nothing any more, and what a person is told who gives one."""
 ADDRESSES = ("data.shards", "data.textures")
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
@@ -753,10 +753,21 @@ def recorded_config(text: str) -> Config:
     Raises:
         ValueError: the text is not TOML, or has settings that this version does not know.
     """
-    values = dict(_flatten(tomllib.loads(text), set(_fields())))
-    for name in (RESOLVED, *RETIRED):
-        values.pop(name, None)
-    return Config.model_validate(_nest(BEFORE | values))
+    return Config.model_validate(_nest(BEFORE | dict(_flatten(written_sections(text), set(_fields())))))
+
+
+def written_sections(text: str) -> dict[str, Any]:
+    """What ``Config.to_toml`` has written, as a tree, without the settings that mean nothing any more.
+
+    Raises:
+        ValueError: the text is not TOML.
+    """
+    tree = tomllib.loads(text)
+    tree.pop(RESOLVED, None)
+    for path in RETIRED:
+        section, _, name = path.partition(".")
+        tree.get(section, {}).pop(name, None)
+    return tree
 
 
 def config_difference(a: Config, b: Config) -> list[str]:
@@ -856,6 +867,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         )
     if config.stopping.every and not config.evaluation.holdout:
         yield f"stopping.every {config.stopping.every} with evaluation.holdout 0: it scores images held out of training"
+    if 0 < config.stopping.every < trainer.global_batch_size:
+        yield (
+            f"stopping.every {config.stopping.every}: less than one step of trainer.global_batch_size "
+            f"{trainer.global_batch_size}"
+        )
     if config.has_experts and config.model.error_weight:
         yield f"model.error_weight {config.model.error_weight} with experts: experts.error takes its place; set it to 0"
     if trainer.cuda_graph:
@@ -979,7 +995,8 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> list[str]:
         owner = next((known for known in origin if path == known or path.startswith(known + ".")), None)
         where = f" ({origin[owner]})" if owner is not None else ""
         if item["type"] == "extra_forbidden":
-            lines.append(f"{without_addresses(path)}: unknown setting{_nearest(path, list(fields))}{where}")
+            hint = RETIRED.get(path) or _nearest(path, list(fields))
+            lines.append(f"{without_addresses(path)}: unknown setting{hint}{where}")
         else:
             field = fields.get(path) or fields.get(path.rpartition(".")[0])
             allowed = _allowed(field) if field is not None else ""

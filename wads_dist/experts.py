@@ -77,12 +77,13 @@ class Experts(nn.Module):
         super().__init__()
         self.bank = bank
         weights = [1.0, config.error, config.bank][: 2 if bank is None else 3]
-        self.scales = nn.ModuleList(Surprise() for _ in weights)
+        # Called ``scales`` while the error was a mean over RGB: a model with such scales is refused, for lack of these.
+        self.surprises = nn.ModuleList(Surprise() for _ in weights)
         self.register_buffer("weight", torch.tensor(weights))
 
     @property
     def names(self) -> tuple[str, ...]:
-        return EXPERTS[: len(self.scales)]
+        return EXPERTS[: len(self.surprises)]
 
     def fit(self, scores: Tensor) -> None:
         """The scales, from the experts' scores of normal images, float32 [N, E, H, H].
@@ -90,7 +91,7 @@ class Experts(nn.Module):
         Raises:
             ValueError: one is not finite.
         """
-        for i, scale in enumerate(self.scales):
+        for i, scale in enumerate(self.surprises):
             assert isinstance(scale, Surprise)
             scale.fit(scores[:, i])
 
@@ -102,7 +103,7 @@ class Experts(nn.Module):
 
     def surprised(self, scores: Tensor) -> Tensor:
         """Each expert's scores [N, E, H, H] as its surprise."""
-        return torch.stack([scale(scores[:, i]) for i, scale in enumerate(self.scales)], 1)
+        return torch.stack([scale(scores[:, i]) for i, scale in enumerate(self.surprises)], 1)
 
     def probability(self, surprises: Tensor) -> Tensor:
         """[N, E, H, H] → [N, H, H] in [0, 1): z / (z + c), which keeps the order of large sums apart where 1 − 10⁻ᶻ would

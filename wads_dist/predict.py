@@ -11,7 +11,6 @@ are those of the evaluation. Imports no DeepSpeed, which may print to standard o
 
 import json
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,15 @@ from kernels.synthesis import whole_images
 from shards.errors import DataError
 from shards.images import load_image, to_rgb, upright
 from shards.names import category_problem, quoted
-from wads_dist.config import Config, DataConfig, EvaluationConfig, ExpertsConfig, FeaturesConfig, ModelConfig
+from wads_dist.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ExpertsConfig,
+    FeaturesConfig,
+    ModelConfig,
+    written_sections,
+)
 from wads_dist.errors import ModelFileError, WadsError, is_out_of_memory
 from wads_dist.layers import use_kernels
 from wads_dist.metrics import image_score
@@ -320,7 +327,7 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        config = tomllib.loads(header["config"])
+        config = written_sections(header["config"])
         # The sections that matter here only, so that settings of another version elsewhere do no harm.
         data, evaluation = DataConfig(**config["data"]), EvaluationConfig(**config["evaluation"])
         architecture = ModelConfig(**config["model"] | {"weights": "random", "freeze_batchnorm": False})

@@ -261,8 +261,8 @@ def charts(c: Category) -> list[Chart]:
         points = [(number(event, "samples"), number(event, "score")) for event in c.history.scores]
         known = [(x, y) for x, y in points if x is not None]
         series = [Series("", [x for x, _ in known], [y for _, y in known])]
-        end = max(end, *(x for x, _ in known))
-        found.append(Chart("Held-out synthetic anomalies", "samples", series, float(end), marks=c.history.resumes))
+        end = max([end, *(x for x, _ in known)])
+        found.append(Chart("Pixel AP of synthetic anomalies", "samples", series, float(end), marks=c.history.resumes))
     return found
 
 

@@ -24,7 +24,7 @@ from shards.names import text_problem, within
 from shards.source import Dataset
 from wads_dist.categories import LOG, Plan, work
 from wads_dist.checkpoint import write_text
-from wads_dist.config import Config, resolve_batches
+from wads_dist.config import PRESETS, Config, resolve_batches
 from wads_dist.deepspeed_config import deepspeed_config, resolve_precision
 from wads_dist.errors import ExitCode, WadsError, exit_code
 from wads_dist.groups import Place, form_groups
@@ -134,7 +134,8 @@ def plan_run(config: Config) -> int:
 
 def describe(config: Config, plan: Plan, console: Console) -> None:
     """Says what is done already, who trains what is not, and who has nothing to do."""
-    if config.preset == "wads_features" and config.model.features == "none":
+    plus = PRESETS["wads_plus"]["experts.error"]
+    if config.preset == "wads_features" and config.model.features == "none" and config.experts.error == plus:
         text = "preset wads_features without its frozen network, which pip install '.[features]' brings: as wads_plus"
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for name in plan.categories:

@@ -1,10 +1,10 @@
 """Early stopping by how well the network finds anomalies synthesised on normal images held out of training.
 
 More training is not always better: a segmenter that has seen a few dozen images for long enough knows them, and marks what it
-has not seen. The score is the average precision of pixels of the network that an evaluation would have (moving average,
-BatchNorm's buffers averaged over ranks), on whole images half of which carry an anomaly, always the same; the test set has no
-part in it. The weights of the best score are kept, and travel in every checkpoint, so that a resumed run stops where an
-undisturbed one does.
+has not seen. The score is the average precision of the segmenter's pixels, with the weights that an evaluation would have
+(moving average, BatchNorm's buffers averaged over ranks), on whole images half of which carry an anomaly, always the same; the
+test set has no part in it, and neither have other experts, which are made after training. The weights of the best score are
+kept, and travel in every checkpoint, so that a resumed run stops where an undisturbed one does.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from shards.source import Dataset
 from wads_dist.config import Config, ConfigError, StoppingConfig
 from wads_dist.data import TrainingData, TrainingSplit, decode_entries
 from wads_dist.distributed import Ranks
+from wads_dist.errors import NotFiniteError
 from wads_dist.layers import use_kernels
 from wads_dist.metrics import Truth
 from wads_dist.models import separate_model
@@ -43,13 +44,13 @@ def best_of(scores: Scores) -> int:
 
 def is_over(scores: Scores, settings: StoppingConfig) -> bool:
     """Whether ``settings.patience`` scores in a row were no higher than the best before them."""
-    return bool(scores) and len(scores) - 1 - best_of(scores) >= settings.patience
+    return bool(settings.every and scores) and len(scores) - 1 - best_of(scores) >= settings.patience
 
 
 def is_due(progress: "Progress", config: Config) -> bool:
-    """Whether the step just taken has reached a multiple of ``stopping.every``, or ended the budget."""
+    """Whether the last step has reached a multiple of ``stopping.every``, or ended the budget, and was not scored yet."""
     every, after = config.stopping.every, progress.next_sample
-    if not every:
+    if not every or not after or (progress.scores and progress.scores[-1][0] == after):
         return False
     before = after - config.trainer.global_batch_size
     return after // every > before // every or after >= config.trainer.samples
@@ -87,30 +88,55 @@ class HeldOutScore:
             masks = made.mask[:, 0].cpu() > 0
             anomalous += int(masks.sum())
             self.batches.append((made.anomalous.cpu(), Truth.of(masks)))
-        if not sum(ranks.gather(anomalous)):
+        everywhere = ranks.gather((anomalous, len(self.batches)))
+        self.turns = max(batches for _, batches in everywhere)
+        if not sum(pixels for pixels, _ in everywhere):
             raise ConfigError(
                 [
                     f"stopping.every {config.stopping.every}: no synthetic anomaly has left a mask, so nothing can be scored; "
-                    "lower synthesis.threshold, or set it to 0"
+                    "lower synthesis.threshold, or set stopping.every to 0"
                 ]
             )
 
     def __call__(self, trainer: "Trainer") -> tuple[float, bool]:
         """The score of the trainer's present network, appended to its progress, and whether it is the best; then its weights
-        are kept on the first rank. Leaves no other trace in the training. Collective."""
-        config, ranks, progress = trainer.config, trainer.ranks, trainer.progress
+        are kept on the first rank. Leaves no other trace in the training. Collective.
+
+        Raises:
+            NotFiniteError: the network's probabilities are not finite.
+        """
+        progress = trainer.progress
         state = trainer.inference_state()
-        model = separate_model(config, state).to(ranks.device)
-        use_kernels(model, config.trainer.kernels)
-        pixels, tf32 = ExactScores(ranks.device), torch.backends.cudnn.allow_tf32
-        for images, truth in self.batches:
-            probability = predict(model, images, config.evaluation.batch_size, ranks.device).probability
-            pixels.add(probability.to(ranks.device), truth)
-        torch.backends.cudnn.allow_tf32 = tf32  # scoring turns it off; the training may have it
-        score = pixels.ranked(ranks).metrics().average_precision
-        assert score is not None  # there are anomalous pixels, and normal ones
+        score = self.measure(trainer, state)
         progress.scores.append((progress.next_sample, score))
         is_best = best_of(progress.scores) == len(progress.scores) - 1
-        if is_best and ranks.is_first:
+        if is_best and trainer.ranks.is_first:
             trainer.best = state
         return score, is_best
+
+    def measure(self, trainer: "Trainer", state: dict[str, Tensor]) -> float:
+        """The score of ``inference_state``'s weights. Collective."""
+        config, ranks, step = trainer.config, trainer.ranks, trainer.progress.step
+        if config.has_experts:  # which do not smooth the segmenter
+            config = config.model_copy(update={"model": config.model.model_copy(update={"smoothing": 0.0})})
+        model = separate_model(config, state).to(ranks.device)
+        use_kernels(model, config.trainer.kernels)
+        pixels, tf32, finite = ExactScores(ranks.device), torch.backends.cudnn.allow_tf32, True
+        for turn in range(self.turns):
+            # A mark a batch, on every rank as many: the supervisor's limit is for one.
+            trainer.pulse.mark("score", step)
+            if turn < len(self.batches):
+                images, truth = self.batches[turn]
+                probability = predict(model, images, config.evaluation.batch_size, ranks.device).probability
+                finite = finite and bool(probability.isfinite().all())
+                pixels.add(probability.to(ranks.device).nan_to_num(), truth)
+        trainer.pulse.mark("score", step)
+        torch.backends.cudnn.allow_tf32 = tf32  # scoring turns it off; the training may have it
+        if not all(ranks.gather(finite)):
+            raise NotFiniteError(
+                f"after {trainer.progress.next_sample:,} samples the network's probabilities are not finite; "
+                "train with a lower trainer.learning_rate in a new --run.dir"
+            )
+        score = pixels.ranked(ranks).metrics().average_precision
+        assert score is not None  # there are anomalous pixels, and normal ones
+        return score

@@ -90,7 +90,7 @@ def from_normal(
     return Threshold(
         pixel,
         image,
-        "normal images held out of training",
+        "normal images held out of training" + ", which early stopping has seen" * bool(config.stopping.every),
         len(entries),
         evaluation.pixel_false_positive_rate,
         evaluation.image_false_positive_rate,

@@ -147,14 +147,15 @@ def stage_note(config: Config, stage: int | None, resumed: bool) -> str | None:
     return f"ZeRO-0: a rank that trains alone has nothing to share (stage {of_file} of {path} is for groups)"
 
 
-def stopping_note(trainer: Trainer) -> str:
+def stopping_note(trainer: Trainer, held_out: HeldOutScore) -> str:
     """What early stopping has come to, for people."""
     scores, budget = trainer.progress.scores, trainer.config.trainer.samples
     best, score = scores[best_of(scores)]
     early = f"stopped after {trainer.progress.next_sample:,} of {budget:,} samples; " * (
         trainer.progress.next_sample < budget
     )
-    return f"{early}the best of {len(scores)} held-out scores ({score:.3f}) came after {best:,}, whose weights are kept"
+    of = f"the best of {len(scores)} scores of synthetic anomalies on {held_out.source} ({score:.3f})"
+    return f"{early}{of} came after {best:,} samples, whose weights are kept"
 
 
 def stopping_record(trainer: Trainer, held_out: HeldOutScore) -> dict[str, Any]:
@@ -233,17 +234,20 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     taken: list[float] = []  # losses of the steps taken since the last save
     unsaved: str | None = None  # why the last save did not succeed
 
+    def score_if_due() -> None:
+        if held_out and is_due(trainer.progress, config):
+            score, is_best = held_out(trainer)
+            samples, step = trainer.progress.next_sample, trainer.progress.step
+            events.write("score", step=step, samples=samples, score=score, best=is_best)
+            if ranks.is_first and trainer.gs.monitor.enabled:
+                trainer.gs.monitor.write_events([("synthetic/pixel_ap", score, samples)])
+
     def on_step(trainer: Trainer, losses: Losses) -> None:
         nonlocal last_save, seconds, unsaved
         progress, every, verdict = trainer.progress, config.checkpoint, losses.verdict
         assert verdict is not None
-        if held_out and is_due(progress, config):
-            pulse.mark("score", progress.step)
-            score, is_best = held_out(trainer)
-            samples = progress.next_sample
-            events.write("score", step=progress.step, samples=samples, score=score, best=is_best)
-            if ranks.is_first and trainer.gs.monitor.enabled:
-                trainer.gs.monitor.write_events([("held out/pixel_ap", score, samples)])
+        if not verdict.stop:  # whoever asks to stop will not wait; the score is taken when training goes on
+            score_if_due()
         finished = trainer.finished
         seconds = [a + b for a, b in zip(seconds, verdict.seconds, strict=True)]
         if not verdict.rejected:
@@ -288,6 +292,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
                 validation.show(trainer, pictured)
 
     with stop.deferred():
+        score_if_due()
         ended = trainer.train(on_step)
     if stop.requested or not ended:
         events.write("preempted", step=trainer.progress.step, samples=trainer.progress.next_sample)
@@ -301,7 +306,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     if held_out and ranks.is_first:
         assert trainer.best is not None
         state = trainer.best
-        say(f"{category}: {stopping_note(trainer)}")
+        say(f"{category}: {stopping_note(trainer, held_out)}")
     require_lease(work.lease, ranks)
     # Until it has its experts, what is published is a whole model without any.
     without = {"model": config.model.model_copy(update={"features": "none"}), "experts": ExpertsConfig()}

@@ -118,7 +118,9 @@ def test_what_was_written_before_a_setting_existed_means_what_was_trained(tmp_pa
 def test_a_setting_that_is_gone_is_read_past_in_a_record_and_refused_of_a_person(tmp_path: Path) -> None:
     record = Config().to_toml().replace("[evaluation]", '[evaluation]\nthreshold = "synthetic"')
     assert recorded_config(record) == load_config(["--config", write(tmp_path / "config.toml", record)]) == Config()
-    with pytest.raises(ConfigError, match=r"evaluation\.threshold: unknown setting"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.threshold: unknown setting; a threshold comes from normal images"
+    ):
         load_config(["--evaluation.threshold", "normal"])
 
 

@@ -217,7 +217,9 @@ def test_the_whole_is_the_weighted_sum_of_surprises(scored: tuple[Wads, Config, 
     assert (one, two) == (1.0, 2.0) and 0 <= error <= 1
     z = (result.surprises * torch.tensor([1.0, error, 2.0])[:, None, None]).sum(1)
     torch.testing.assert_close(result.probability, z / (z + 3 * (3 + error)))
-    assert result.surprises.shape == (2, len(EXPERTS), 64, 64) and model.experts.scales[0].score.shape == (len(TAIL),)
+    assert result.surprises.shape == (2, len(EXPERTS), 64, 64) and model.experts.surprises[0].score.shape == (
+        len(TAIL),
+    )
 
 
 def test_a_saved_model_needs_no_package_and_scores_the_same(

@@ -291,6 +291,14 @@ def test_weights_of_before_skip_connections_have_none(run: Path, tmp_path: Path)
     assert not load_weights(tmp_path)[0].generator.skips and not trained_config(tmp_path).model.skips
 
 
+def test_weights_that_name_a_setting_of_before_are_read(run: Path, tmp_path: Path) -> None:
+    with safe_open(run / WEIGHTS, "pt") as weights:
+        header = weights.metadata()
+    header["config"] = header["config"].replace("[evaluation]\n", '[evaluation]\nthreshold = "normal"\n')
+    save_file(load_file(run / WEIGHTS), tmp_path / WEIGHTS, header)
+    assert load_weights(tmp_path)[1] == load_weights(run)[1] and trained_config(tmp_path) == trained_config(run)
+
+
 def test_a_model_without_a_threshold_scores_and_does_not_decide(run: Path, tmp_path: Path) -> None:
     photograph().save(tmp_path / "a.png")
     prediction = predict_files(load(run), find_images([str(tmp_path)]), tmp_path / "out", None, 0.25, quiet())

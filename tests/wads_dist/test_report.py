@@ -268,7 +268,7 @@ def test_each_expert_has_columns_of_its_own(run: Path) -> None:
 
 @pytest.mark.parametrize("early", [True, False])
 def test_early_stopping_is_told_and_drawn(run: Path, early: bool) -> None:
-    assert "Held-out synthetic anomalies" not in render(read_run(run))
+    assert "Pixel AP of synthetic anomalies" not in render(read_run(run))
     stopping = {"samples": 16, "score": 0.75, "scores": 3, "early": early, "source": "images held out"}
     folder = add_category(run, "bolt", stopping=stopping)
     scores = [{"event": "score", "step": n, "samples": 8 * n, "score": n / 4} for n in (1, 2, 3)]
@@ -276,7 +276,7 @@ def test_early_stopping_is_told_and_drawn(run: Path, early: bool) -> None:
     text = render(read_run(run))
     assert f"{'Stopped' if early else 'Not stopped'} early: the weights are those after 16 samples" in text
     assert "the best of 3 scores (0.750) of synthetic anomalies on images held out." in text
-    assert "Held-out synthetic anomalies over samples" in text
+    assert "Pixel AP of synthetic anomalies over samples" in text
 
 
 def test_the_trivial_score_is_that_of_the_detector_that_is_better_at_it(run: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -132,6 +133,8 @@ def test_a_killed_run_resumes_to_the_same_bits(demo_shards: Path, tmp_path: Path
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
     of_whole, of_broken = (json.loads((run / "demo_biscuit" / "metrics.json").read_text()) for run in (whole, broken))
     assert of_whole["stopping"] == of_broken["stopping"] and of_whole["stopping"]["scores"] == 6
+    best = torch.load(broken / "demo_biscuit" / "checkpoints" / "step-00000006" / "stopping.pt", weights_only=True)
+    assert best.keys() == b.keys() and all(best[name].equal(b[name]) for name in b)
     ids = [e["samples"] for e in events(broken, "demo_biscuit") if e["event"] in ("start", "resume")]
     assert ids[0] == 0 and len(ids) == 2 and 0 < int(str(ids[1])) < 48  # it did go on, and not from the start
 

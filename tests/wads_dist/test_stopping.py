@@ -43,12 +43,19 @@ def test_scores_are_due_at_multiples_of_samples_and_at_the_end() -> None:
     steps = [8 * (step + 1) for step in range(9)]
     assert [n for n in steps if is_due(Progress(next_sample=n), config)] == [24, 40, 64, 72]
     assert not any(is_due(Progress(next_sample=n), small_config()) for n in steps)
-    assert not is_over([], StoppingConfig())
+    # One that was stopped at such a step goes on with the score; nothing is scored twice.
+    assert not is_due(Progress(next_sample=24, scores=[(24, 0.5)]), config) and not is_due(Progress(), config)
+    assert not is_over([], StoppingConfig()) and not is_over([(n, 0.5) for n in range(99)], StoppingConfig(every=0))
 
 
 def test_without_images_held_out_there_is_no_early_stopping() -> None:
     with pytest.raises(ConfigError, match=r"stopping\.every 8 with evaluation\.holdout 0"):
         small_config("--stopping.every", "8", "--evaluation.holdout", "0")
+
+
+def test_scores_more_often_than_steps_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"stopping\.every 4: less than one step"):
+        small_config("--stopping.every", "4")
 
 
 def test_anomalies_that_leave_no_mask_are_refused(demo_shards: Path) -> None:
@@ -70,7 +77,7 @@ def test_a_resume_takes_back_the_scores_behind_it() -> None:
 def test_scores_change_nothing_and_a_resumed_run_stops_where_the_whole_one_does(
     demo_shards: Path, run_ranks: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    """And two ranks have the scores of one, to the rounding of their training."""
+    """And two ranks have nearly the scores of one: each sees its half of a batch, BatchNorm as well."""
     found = {}
     for world in (1, 2):
         printed = run_ranks("stopping.py", world, str(demo_shards), str(tmp_path / f"{world}"))
