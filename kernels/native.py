@@ -41,6 +41,7 @@ class _SynthesisSettings(ctypes.Structure):
         *((name, c_int64) for name in ("image_size", "lattice_max")),
         *((name, c_double) for name in ("scale_low", "scale_high", "rotation", "clean_fraction")),
         *((name, c_double) for name in ("blend_max", "threshold", "texture_jitter")),
+        ("grey", c_int64),
     ]
 
 
@@ -172,7 +173,13 @@ def synthesise(
     mask = torch.empty(batch, 1, size, size, dtype=torch.uint8, device="cpu")
     ranges = (*settings.scale, settings.rotation, settings.clean_fraction)
     c_settings = _SynthesisSettings(
-        size, settings.lattice_max, *ranges, settings.blend_max, settings.threshold, settings.texture_jitter
+        size,
+        settings.lattice_max,
+        *ranges,
+        settings.blend_max,
+        settings.threshold,
+        settings.texture_jitter,
+        settings.grey,
     )
     library.wads_synthesise(
         images.data_ptr(), *images.shape[2:],

@@ -44,6 +44,8 @@ class SynthesisSettings:
     lattice_max: int = 5
     threshold: float = 0.5
     texture_jitter: float = 0.4
+    grey: bool = False
+    """The texture's jitter is the same for R, G and B, so that a grey one stays grey."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lattice_max <= LATTICE_LIMIT:
@@ -105,6 +107,8 @@ def draw(seed: int, sample: Tensor, images: int, textures: int, settings: Synthe
     t_y, contrast, invert, _ = philox(seed, Purpose.TEXTURE, sample, 1)
     tint = torch.stack(philox(seed, Purpose.TEXTURE, sample, 2)[:3], -1)
     offset = torch.stack(philox(seed, Purpose.TEXTURE, sample, 3)[:3], -1)
+    if settings.grey:
+        tint, offset = tint[:, :1].expand(-1, 3), offset[:, :1].expand(-1, 3)
     jitter = settings.texture_jitter
     t_scale = _between(t_size, 1 - jitter, 1.0)
     texture_map = _similarity(
@@ -266,7 +270,7 @@ def synthesise(
     number, tensor = (0, seed) if isinstance(seed, Tensor) else (seed - 2**64 if seed >> 63 else seed, None)
     outputs = torch.ops.wads.synthesise(
         images, textures, sample, number, tensor, image_index, count, dtype, implementation,
-        s.image_size, s.scale, s.rotation, s.clean_fraction, s.blend_max, s.lattice_max, s.threshold, s.texture_jitter,
+        s.image_size, s.scale, s.rotation, s.clean_fraction, s.blend_max, s.lattice_max, s.threshold, s.texture_jitter, s.grey,
     )  # fmt: skip
     return Batch(*outputs)
 
@@ -335,11 +339,19 @@ def _run(
 def _operator(
     images: Tensor, textures: Tensor, sample: Tensor, seed: int, seed_tensor: Tensor | None, image_index: Tensor | None,
     image_count: int, dtype: torch.dtype, implementation: str, image_size: int, scale: Sequence[float], rotation: float,
-    clean_fraction: float, blend_max: float, lattice_max: int, threshold: float, texture_jitter: float,
+    clean_fraction: float, blend_max: float, lattice_max: int, threshold: float, texture_jitter: float, grey: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``_run`` with an argument for each type that a schema has: two for the seed, the settings one by one."""
     settings = SynthesisSettings(
-        image_size, (scale[0], scale[1]), rotation, clean_fraction, blend_max, lattice_max, threshold, texture_jitter
+        image_size,
+        (scale[0], scale[1]),
+        rotation,
+        clean_fraction,
+        blend_max,
+        lattice_max,
+        threshold,
+        texture_jitter,
+        grey,
     )
     chosen = seed if seed_tensor is None else seed_tensor
     clean, anomalous, mask = _run(

@@ -162,6 +162,7 @@ def _draw(
     clean_fraction,
     blend_max,
     jitter,
+    GREY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``synthesis.draw``, one lane a sample."""
@@ -189,9 +190,9 @@ def _draw(
     contrast = (1 - jitter) + 2 * jitter * _uniform(contrast)
     contrast = tl.where(_uniform(invert) < 0.5 * jitter, -contrast, contrast)
     for c in tl.static_range(3):
-        gain = contrast * ((1 - 0.5 * jitter) + jitter * _uniform(tint[c]))
+        gain = contrast * ((1 - 0.5 * jitter) + jitter * _uniform(tint[0 if GREY else c]))
         tl.store(row + GAIN + c, gain, mask=inside)
-        tl.store(row + BIAS + c, 0.5 - 0.5 * gain + jitter * (_uniform(offset[c]) - 0.5), mask=inside)
+        tl.store(row + BIAS + c, 0.5 - 0.5 * gain + jitter * (_uniform(offset[0 if GREY else c]) - 0.5), mask=inside)
 
     kind, k_x, k_y, turn = _philox(seed_low, seed_high, MASK, sample, _word(0))
     blend, _, _, _ = _philox(seed_low, seed_high, MASK, sample, _word(1))
@@ -294,6 +295,7 @@ def _prepare_kernel(
     clean_fraction,
     blend_max,
     jitter,
+    GREY: tl.constexpr,
     MARGIN: tl.constexpr,
     POINTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -306,7 +308,7 @@ def _prepare_kernel(
         _draw(
             program * BLOCK, sample_ptr, image_index_ptr, rows_ptr, draws_ptr, low, high, batch, images, textures,
             image_side, texture_side, size, choices, scale_low, scale_span, rotation, clean_fraction, blend_max, jitter,
-            BLOCK,
+            GREY, BLOCK,
         )  # fmt: skip
     else:
         b = program - drawing
@@ -488,7 +490,7 @@ def _prepare(
         batch, ordered, len(textures), images.shape[-1], textures.shape[-1], settings.image_size,
         settings.lattice_max + 1, float(low), float(high - low), settings.rotation / 360,
         float(settings.clean_fraction), float(settings.blend_max), float(settings.texture_jitter),
-        margin, points, PREPARE_BLOCK, num_warps=PREPARE_WARPS,
+        settings.grey, margin, points, PREPARE_BLOCK, num_warps=PREPARE_WARPS,
     )  # fmt: skip
     return rows, draws, lattice
 
@@ -527,7 +529,7 @@ def compile_specs() -> list[KernelSpec]:
     pointers = {"rows_ptr": "*i32", "draws_ptr": "*fp32", "lattice_ptr": "*i64"}
     kinds = {"sample_ptr": "*i64", **pointers, **dict.fromkeys(SCALARS, "i32")}
     kinds |= dict.fromkeys("scale_low scale_span rotation clean_fraction blend_max jitter".split(), "fp32")
-    constants = {"seed_ptr": None, "image_index_ptr": None, **window, "BLOCK": PREPARE_BLOCK}
+    constants = {"seed_ptr": None, "image_index_ptr": None, "GREY": False, **window, "BLOCK": PREPARE_BLOCK}
     specs = [KernelSpec("synthesis_prepare", _prepare_kernel, kinds, constants, PREPARE_WARPS)]
     for dtype in ("fp32", "bf16"):
         kinds = pointers | {"images_ptr": "*u8", "textures_ptr": "*u8", "mask_ptr": "*u8", "threshold": "fp32"}

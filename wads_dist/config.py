@@ -193,6 +193,11 @@ class SynthesisConfig(_Section):
     texture_jitter: float = Field(
         0.4, ge=0, le=1, description="strength of the random change of a texture's brightness, contrast and colour"
     )
+    grey: Literal["never", "auto"] = Field(
+        "never",
+        description="auto: of a category whose images are all grey, so are the textures; its defects have no colour, and to a "
+        "segmenter that has seen colours in anomalies alone, they are what an anomaly is",
+    )
 
 
 class ModelConfig(_Section):
@@ -629,10 +634,12 @@ ADDRESSES = ("data.shards", "data.textures")
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
+        "synthesis.grey": "auto",
         "model.smoothing": 1.0,
         "experts.error": 0.5,
     },
     "wads_features": {
+        "synthesis.grey": "auto",
         "model.features": "efficientnet_lite0",
         "model.smoothing": 1.0,
         "experts.error": 1.0,

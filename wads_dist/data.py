@@ -31,6 +31,7 @@ from wads_dist.config import Config, DataConfig
 Entry = tuple[ShardEntry, SampleEntry]
 T = TypeVar("T")
 READ_AT_ONCE = 64  # encoded images in memory while they are decoded
+LOOKED_AT = 64  # images from all over a category, to see whether it is grey
 HELD_OUT_AT_LEAST = 4
 HELD_OUT_OF_AT_LEAST = 20  # of fewer images, those few would be missed in training
 
@@ -245,9 +246,17 @@ def evenly(items: Sequence[T], count: int) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def synthesis_settings(config: Config) -> SynthesisSettings:
-    fields = config.synthesis.model_dump()
+def synthesis_settings(config: Config, grey: bool = False) -> SynthesisSettings:
+    """The kernels' settings; ``grey``: the category's images are."""
+    fields = config.synthesis.model_dump() | {"grey": grey}
     return SynthesisSettings(image_size=config.data.image_size, **fields)
+
+
+def is_grey(images: Tensor) -> bool:
+    """Whether uint8 images [N, 3, S, S] have no colour: their channels differ by a level in the mean of an image, at most (what
+    a camera without colour gives after a lossy format)."""
+    spread = images.amax(1).int() - images.amin(1).int()
+    return bool((spread.flatten(1).float().mean(1) <= 1).all())
 
 
 class TrainingData:
@@ -260,9 +269,14 @@ class TrainingData:
             DataError: a shard is damaged or missing, or an image cannot be decoded; names it.
         """
         size, self.seed, self.device = config.data.store_size, config.trainer.seed, device
-        self.settings, self.backend = synthesis_settings(config), config.trainer.kernels
+        self.backend = config.trainer.kernels
         self.entries = TrainingSplit.of(dataset, category, config).trained
         """The images that ``images.count`` counts, in order."""
+        grey = False
+        if config.synthesis.grey == "auto":  # the same images in either mode, so that both give the same samples
+            looked_at = evenly(self.entries, min(LOOKED_AT, len(self.entries)))
+            grey = is_grey(decode_entries(dataset, category, looked_at, size))
+        self.settings = synthesis_settings(config, grey)
         self.images: Images
         if config.data.mode == "resident":
             self.images = ResidentImages(dataset, category, self.entries, size, device)
@@ -273,6 +287,9 @@ class TrainingData:
             wanted, kept = shares(config.data.own_textures, len(self.textures), len(self.entries))
             own = decode_entries(dataset, category, evenly(self.entries, wanted), size).to(device)
             self.textures = torch.cat([self.textures[evenly(range(len(self.textures)), kept)], own])
+        if grey:
+            means = self.textures.float().mean(1, keepdim=True).round().byte()
+            self.textures = means.expand_as(self.textures).contiguous()
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
         """X, X_a, M of the samples with global indices ``sample`` (int64 [B] on the device)."""

@@ -338,6 +338,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "backbone": f"{config.model.backbone} ({config.model.weights} weights)",
             "fingerprint": data.fingerprint,
             "features": frozen[1] if frozen else None,
+            "grey": images.settings.grey,
             "stopping": stopping_record(trainer, held_out) if held_out else None,
         }
         save_results(folder, category, evaluation, config)

@@ -61,6 +61,7 @@ int64_t shuffled(uint64_t seed, int64_t position, int64_t length) {
 struct Settings {  // mirrors kernels/native.py; every field has 8 bytes
     int64_t image_size, lattice_max;
     double scale_low, scale_high, rotation, clean_fraction, blend_max, threshold, texture_jitter;
+    int64_t grey;
 };
 
 struct Map {  // [[xx, xy, x], [yx, yy, y]]: output coordinates to source coordinates, both in [-1, 1]
@@ -102,8 +103,9 @@ Draws draw(uint64_t seed, uint64_t sample, int64_t textures, const Settings& s) 
     const float sign = uniform(look.w[2]) < float(0.5 * jitter) ? -1.0f : 1.0f;
     const float contrast = sign * between(look.w[1], 1 - jitter, 1 + jitter);
     for (int c = 0; c < 3; ++c) {
-        d.gain[c] = contrast * between(tint.w[c], 1 - jitter / 2, 1 + jitter / 2);
-        d.bias[c] = 0.5f - 0.5f * d.gain[c] + between(offset.w[c], -jitter / 2, jitter / 2);
+        const int of = s.grey ? 0 : c;
+        d.gain[c] = contrast * between(tint.w[of], 1 - jitter / 2, 1 + jitter / 2);
+        d.bias[c] = 0.5f - 0.5f * d.gain[c] + between(offset.w[of], -jitter / 2, jitter / 2);
     }
     return d;
 }

@@ -53,6 +53,7 @@ def by_reference(images: Tensor, textures: Tensor, sample: Tensor, seed: int, se
         SynthesisSettings(),
         SynthesisSettings(image_size=37, scale=(0.3, 2.0), rotation=180.0, clean_fraction=0.0, lattice_max=3),
         SynthesisSettings(clean_fraction=0.2, blend_max=1.0, lattice_max=7, threshold=0.1, texture_jitter=1.0),
+        SynthesisSettings(clean_fraction=0.0, grey=True),
     ],
 )
 def test_synthesis_is_the_references(settings: SynthesisSettings) -> None:

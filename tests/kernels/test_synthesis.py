@@ -70,6 +70,18 @@ def test_equation_3_1(images: Tensor) -> None:
     assert inside.any() and opaque.anomalous[inside].max() == 0  # black texture, β = 0: nothing of I is left
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_grey_anomalies_stay_grey_and_are_otherwise_drawn_the_same(images: Tensor, backend: Backend) -> None:
+    grey, sample = images[:, :1].expand_as(images).contiguous(), torch.arange(64)
+    coloured, plain = (
+        synthesis.synthesise(grey, grey, sample, 0, replace(SETTINGS, grey=on), backend=backend) for on in (False, True)
+    )
+    assert (plain.anomalous - plain.anomalous[:, :1]).abs().max() == 0
+    assert (coloured.anomalous - coloured.anomalous[:, :1]).abs().max() > 0.1
+    assert torch.equal(plain.mask, coloured.mask) and torch.equal(plain.clean, coloured.clean)
+    assert torch.equal(plain.anomalous[:, 0], coloured.anomalous[:, 0])
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
 def test_share_of_clean_samples(images: Tensor, fraction: float) -> None:
     draws = draw(0, torch.arange(4000), 9, 9, replace(SETTINGS, clean_fraction=fraction))
@@ -164,7 +176,7 @@ def test_the_default_on_a_cpu_compiles_without_a_break(images: Tensor, seed: int
             assert torch.equal(ours, eager) and ours.stride() == eager.stride()
 
     number, tensor = (0, seed) if isinstance(seed, Tensor) else (seed - 2**64, None)
-    scalars = (16, [0.8, 1.0], 10.0, 0.5, 0.8, 5, 0.5, 0.4)
+    scalars = (16, [0.8, 1.0], 10.0, 0.5, 0.8, 5, 0.5, 0.4, False)
     arguments = (images, images, sample, number, tensor, None, 9, dtype, "native", *scalars)
     torch.library.opcheck(torch.ops.wads.synthesise.default, arguments)
 

@@ -59,7 +59,7 @@ def to_pixels(maps: Tensor, side: int, size: int) -> Tensor:
     [
         (130, 0, 0, 9, replace(SETTINGS, clean_fraction=0.99)),  # more samples than one program draws
         (12, 0, -20, 9, SETTINGS),  # a negative id belongs to an earlier cycle, as floor division says
-        (12, 2**64 - 7, FAR, 1, replace(SETTINGS, scale=(0.2, 0.3))),
+        (12, 2**64 - 7, FAR, 1, replace(SETTINGS, scale=(0.2, 0.3), grey=True)),
         (12, FAR, 2**40, 257, replace(SETTINGS, lattice_max=7, rotation=180.0, texture_jitter=1.0, blend_max=0.5)),
     ],
 )
@@ -216,7 +216,7 @@ def test_the_operator_is_sound_and_compiles_without_a_break(seed: int | Tensor) 
         assert_equal(Batch(*compiled(ids)), Batch(*step(ids)))
 
     number, tensor = (0, seed) if isinstance(seed, Tensor) else (seed - 2**64, None)
-    scalars = (16, [0.8, 1.0], 10.0, 0.5, 0.8, 5, 0.5, 0.4)
+    scalars = (16, [0.8, 1.0], 10.0, 0.5, 0.8, 5, 0.5, 0.4, False)
     arguments = (images, images, sample, number, tensor, None, 3, torch.float32, "triton", *scalars)
     torch.library.opcheck(torch.ops.wads.synthesise.default, arguments)
 

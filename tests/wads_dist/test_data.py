@@ -19,6 +19,7 @@ from wads_dist.data import (
     TrainingData,
     decode_entries,
     decode_shards,
+    is_grey,
     mean_image,
     rank_samples,
     texture_bank,
@@ -78,6 +79,29 @@ def test_normal_images_among_the_textures(demo_shards: Path, mode: str, own: flo
     assert (from_bank, len(data.textures) - from_bank) == (textures, images)
     assert len(data.textures.flatten(1).unique(dim=0)) == len(data.textures)
     assert data.batch(torch.arange(4)).mask.shape == (4, 1, 64, 64)
+
+
+def test_images_are_grey_if_their_channels_differ_by_a_level_at_most() -> None:
+    grey = torch.randint(0, 254, (3, 1, 8, 8), dtype=torch.uint8).expand(3, 3, 8, 8).clone()
+    assert is_grey(grey)
+    grey[:, 0] += 1  # what a lossy format makes of it
+    assert is_grey(grey)
+    grey[1, 0, :4] += 2  # one of them has a patch of colour
+    assert not is_grey(grey)
+
+
+@pytest.mark.parametrize("mode", ["resident", "streaming"])
+def test_a_category_without_colour_gets_grey_textures_where_that_is_asked(
+    demo_shards: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config("--data.mode", mode, "--synthesis.grey", "auto")
+    coloured = TrainingData(settings, Dataset.open(demo_shards), "demo_biscuit", CPU)  # as its images are
+    monkeypatch.setattr("wads_dist.data.is_grey", lambda images: True)
+    grey = TrainingData(settings, Dataset.open(demo_shards), "demo_biscuit", CPU)
+    never = TrainingData(config("--data.mode", mode), Dataset.open(demo_shards), "demo_biscuit", CPU)
+    assert not coloured.settings.grey and torch.equal(coloured.textures, never.textures) and not never.settings.grey
+    assert grey.settings.grey and torch.equal(grey.textures, grey.textures[:, :1].expand_as(grey.textures))
+    assert not torch.equal(grey.batch(torch.arange(8)).anomalous, never.batch(torch.arange(8)).anomalous)
 
 
 def test_streaming_keeps_a_bounded_number_of_images(demo_shards: Path) -> None:
