@@ -634,12 +634,10 @@ ADDRESSES = ("data.shards", "data.textures")
 PRESETS: dict[str, dict[str, Any]] = {
     "wads": {},
     "wads_plus": {
-        "synthesis.grey": "auto",
         "model.smoothing": 1.0,
         "experts.error": 0.5,
     },
     "wads_features": {
-        "synthesis.grey": "auto",
         "model.features": "efficientnet_lite0",
         "model.smoothing": 1.0,
         "experts.error": 1.0,
