@@ -9,7 +9,7 @@ kept, and travel in every checkpoint, so that a resumed run stops where an undis
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -140,3 +140,20 @@ class HeldOutScore:
         score = pixels.ranked(ranks).metrics().average_precision
         assert score is not None  # there are anomalous pixels, and normal ones
         return score
+
+    def record(self, trainer: "Trainer") -> dict[str, Any]:
+        """What it has come to, for ``metrics.json``."""
+        progress = trainer.progress
+        samples, score = progress.scores[best_of(progress.scores)]
+        early = progress.next_sample < trainer.config.trainer.samples
+        count = len(progress.scores)
+        return {"samples": samples, "score": score, "scores": count, "early": early, "source": self.source}
+
+    def note(self, trainer: "Trainer") -> str:
+        """The same, for people."""
+        record, spent, budget = self.record(trainer), trainer.progress.next_sample, trainer.config.trainer.samples
+        early = f"stopped after {spent:,} of {budget:,} samples; " if record["early"] else ""
+        return (
+            f"{early}the best of {record['scores']} scores of synthetic anomalies on {self.source} ({record['score']:.3f}) "
+            f"came after {record['samples']:,} samples, whose weights are kept"
+        )

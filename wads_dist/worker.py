@@ -48,7 +48,7 @@ from wads_dist.record import refuse_links
 from wads_dist.results import save_results
 from wads_dist.signals import StopRequest, worker_signals
 from wads_dist.status import EVENTS
-from wads_dist.stopping import HeldOutScore, best_of, is_due
+from wads_dist.stopping import HeldOutScore, is_due
 from wads_dist.trainer import Losses, Trainer
 
 REJECTED = "rejected.jsonl"
@@ -145,26 +145,6 @@ def stage_note(config: Config, stage: int | None, resumed: bool) -> str | None:
     if resumed:
         return f"ZeRO-{stage}, as its checkpoint has it, and not stage {of_file} of {path}"
     return f"ZeRO-0: a rank that trains alone has nothing to share (stage {of_file} of {path} is for groups)"
-
-
-def stopping_note(trainer: Trainer, held_out: HeldOutScore) -> str:
-    """What early stopping has come to, for people."""
-    scores, budget = trainer.progress.scores, trainer.config.trainer.samples
-    best, score = scores[best_of(scores)]
-    early = f"stopped after {trainer.progress.next_sample:,} of {budget:,} samples; " * (
-        trainer.progress.next_sample < budget
-    )
-    of = f"the best of {len(scores)} scores of synthetic anomalies on {held_out.source} ({score:.3f})"
-    return f"{early}{of} came after {best:,} samples, whose weights are kept"
-
-
-def stopping_record(trainer: Trainer, held_out: HeldOutScore) -> dict[str, Any]:
-    """The same for ``metrics.json``."""
-    best, score = trainer.progress.scores[best_of(trainer.progress.scores)]
-    early = trainer.progress.next_sample < trainer.config.trainer.samples
-    return {"samples": best, "score": score, "scores": len(trainer.progress.scores), "early": early} | {
-        "source": held_out.source
-    }
 
 
 def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, pulse: Pulse) -> None:
@@ -306,7 +286,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
     if held_out and ranks.is_first:
         assert trainer.best is not None
         state = trainer.best
-        say(f"{category}: {stopping_note(trainer, held_out)}")
+        say(f"{category}: {held_out.note(trainer)}")
     require_lease(work.lease, ranks)
     # Until it has its experts, what is published is a whole model without any.
     without = {"model": config.model.model_copy(update={"features": "none"}), "experts": ExpertsConfig()}
@@ -339,7 +319,7 @@ def train_category(config: Config, work: argparse.Namespace, stop: StopRequest, 
             "fingerprint": data.fingerprint,
             "features": frozen[1] if frozen else None,
             "grey": images.settings.grey,
-            "stopping": stopping_record(trainer, held_out) if held_out else None,
+            "stopping": held_out.record(trainer) if held_out else None,
         }
         save_results(folder, category, evaluation, config)
         require_lease(work.lease, ranks)
