@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shards.arguments import Parser, local_path
-from wads_dist.status import rank_times
+from wads_dist.runs.reader import rank_times
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CATEGORIES = 4

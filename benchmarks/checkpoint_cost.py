@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 
 from shards.arguments import Parser, local_path
-from wads_dist import checkpoint, checkpoint_files
-from wads_dist.config import load_config
-from wads_dist.rendezvous import unless_launched
-from wads_dist.step_profile import RandomImages
-from wads_dist.trainer import Trainer
+from wads_dist.config.load import load_config
+from wads_dist.profiling.step import RandomImages
+from wads_dist.scheduler.rendezvous import unless_launched
+from wads_dist.training import checkpoint, checkpoint_files
+from wads_dist.training.trainer import Trainer
 
 DATA = checkpoint.DataHashes("0" * 64, {})
 
 
 def build(batch: int) -> Trainer:
     """A trainer of ``configs/mvtec.toml`` after one step, so that Adam has its moments; one rank."""
-    from wads_dist.worker import initialise
+    from wads_dist.training.worker import initialise
 
     unless_launched()
     options = f"--config configs/mvtec.toml --data.shards none --trainer.global_batch_size {batch}".split()

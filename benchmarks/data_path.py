@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import native
+from kernels import library
 from kernels.synthesis import SynthesisSettings, synthesise
 from shards.arguments import Parser, local
 from shards.textures import procedural_textures
-from wads_dist.kernel_peers import draem_sample
+from wads_dist.profiling.peers import draem_sample
 
 SIZE, STORE, BATCH = 128, 256, 32
 Array = NDArray[np.generic]
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=local, help="also write the numbers to this file")
     arguments = parser.parse_args()
-    native._library()  # compiled before anything is timed; refuses to time the fallback
+    library.load()  # compiled before anything is timed; refuses to time the fallback
     context = multiprocessing.get_context("spawn")
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}"

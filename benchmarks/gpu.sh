@@ -61,7 +61,7 @@ tests() { # NAME SECONDS EXPRESSION: pytest ends itself, and so writes what it k
 part_1() {
   command -v nvidia-smi >/dev/null && step "device" 20 nvidia-smi \
     --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.sm,power.limit --format=csv
-  step "versions" 40 "$python" -c 'import json; from wads_dist.record import code_version; print(json.dumps(code_version()))'
+  step "versions" 40 "$python" -c 'import json; from wads_dist.runs.record import code_version; print(json.dumps(code_version()))'
   tests "tests" 150 "not compile"
   # What kernels compile to needs no GPU, and compiled PyTorch is a peer for part 2.
   kernels "objective" 110 64 256 triton "triton, two rows" "triton, bands of 64" "triton, two rows, bands of 64" torch fussim \

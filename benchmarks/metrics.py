@@ -31,10 +31,10 @@ from torchmetrics.functional.classification import (
 )
 
 from shards.arguments import Parser, local_path
-from wads_dist.distributed import Ranks
-from wads_dist.histogram import ScoreHistogram
-from wads_dist.metrics import PRO_LIMIT, Truth, binary_metrics, map_metrics
-from wads_dist.scoring import ExactScores
+from wads_dist.common.ranks import Ranks
+from wads_dist.evaluation.histogram import ScoreHistogram
+from wads_dist.evaluation.metrics import PRO_LIMIT, Truth, binary_metrics, map_metrics
+from wads_dist.evaluation.scoring import ExactScores
 
 Maps = NDArray[np.float32]
 Masks = NDArray[np.bool_]

@@ -4,7 +4,7 @@
 
 For every category: pixel AUROC, AP and AUPRO and image AUROC by this project's own metrics, of a bank of 10 % of the patches of
 at most 120 normal training images, drawn at random; images read at 224², maps at strides 8 and 16, nearest neighbour, a
-Gaussian of four pixels of 224. The bank of ``--preset wads_features`` (`wads_dist/bank.py`) is the same,
+Gaussian of four pixels of 224. The bank of ``--preset wads_features`` (`wads_dist/model/bank.py`) is the same,
 of up to 1,000 images and 10,000 patches.
 Exit code 2: wrong usage or no weights; 3: the data.
 """
@@ -27,15 +27,15 @@ from shards.arguments import Parser, local_path
 from shards.errors import DataError
 from shards.names import printable
 from shards.source import Dataset
-from wads_dist.calibration import build_bank
-from wads_dist.config import Config, DataConfig, EvaluationConfig, FeaturesConfig, ModelConfig
-from wads_dist.data import TestImages
-from wads_dist.distributed import Ranks
-from wads_dist.errors import ModelWeightsError
-from wads_dist.evaluate import pixel_report
-from wads_dist.features import IMAGENET, SOURCES, load_network
-from wads_dist.metrics import Truth, binary_metrics, image_score
-from wads_dist.scoring import pixel_scores, rank_batches
+from wads_dist.common.errors import ModelWeightsError
+from wads_dist.common.ranks import Ranks
+from wads_dist.config.schema import Config, DataConfig, EvaluationConfig, FeaturesConfig, ModelConfig
+from wads_dist.data.images import TestImages
+from wads_dist.evaluation.calibration import build_bank
+from wads_dist.evaluation.evaluate import pixel_report
+from wads_dist.evaluation.metrics import Truth, binary_metrics, image_score
+from wads_dist.evaluation.scoring import pixel_scores, rank_batches
+from wads_dist.model.features import IMAGENET, SOURCES, load_network
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 SCORES = ("pixel_auroc", "pixel_ap", "pixel_aupro", "image_auroc")

@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from shards.arguments import Parser, local_path
 from shards.errors import DataError
 from shards.source import Dataset
-from wads_dist.config import ConfigError, load_config
-from wads_dist.distributed import Ranks
-from wads_dist.errors import WadsError
-from wads_dist.evaluate import MODEL, Part, load_model, score_report
-from wads_dist.metrics import binary_metrics
-from wads_dist.models import Scored, Wads
+from wads_dist.common.errors import ConfigError, WadsError
+from wads_dist.common.ranks import Ranks
+from wads_dist.config.load import load_config
+from wads_dist.evaluation.evaluate import MODEL, Part, score_report
+from wads_dist.evaluation.metrics import binary_metrics
+from wads_dist.model.networks import Scored, Wads
+from wads_dist.model.weights import load_model
 
 SHOWN = {
     "as trained": lambda image, reconstruction: reconstruction,

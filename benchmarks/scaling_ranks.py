@@ -34,16 +34,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wads_dist import checkpoint
-from wads_dist.config import Config, load_config, resolve_batches
-from wads_dist.deepspeed_config import read_settings
-from wads_dist.distributed import Ranks
-from wads_dist.entry import leave, main
-from wads_dist.models import Discriminator, Wads
-from wads_dist.scaling import Compute, Networks, checkpoint_bytes, sent_bytes, step_collectives
-from wads_dist.step_profile import RandomImages
-from wads_dist.trainer import Trainer
-from wads_dist.worker import initialise
+from launch.command import main
+from wads_dist.common.processes import leave
+from wads_dist.common.ranks import Ranks
+from wads_dist.config.deepspeed import read_settings
+from wads_dist.config.load import load_config
+from wads_dist.config.schema import Config, resolve_batches
+from wads_dist.model.networks import Discriminator, Wads
+from wads_dist.profiling.scaling import Compute, Networks, checkpoint_bytes, sent_bytes, step_collectives
+from wads_dist.profiling.step import RandomImages
+from wads_dist.training import checkpoint
+from wads_dist.training.trainer import Trainer
+from wads_dist.training.worker import initialise
 
 MESSAGES = (80, 16 << 20)
 """Bytes of a message that is all latency, and of one that is mostly bandwidth."""

@@ -35,19 +35,23 @@ from torch.nn.parallel import DistributedDataParallel
 from kernels.objective import objective
 from kernels.synthesis import Batch
 from shards.arguments import Parser, local_path
-from wads_dist.checkpoint import zero_stage
-from wads_dist.config import Config, ConfigError, load_config
-from wads_dist.deepspeed_config import resolve_precision
-from wads_dist.distributed import Ranks
-from wads_dist.graph import compile_networks
-from wads_dist.kernel_timing import measure_device, synchronise
-from wads_dist.layers import use_kernels
-from wads_dist.models import Discriminator, Wads
-from wads_dist.record import code_version
-from wads_dist.rendezvous import unless_launched
-from wads_dist.step_profile import RandomImages, threads_of
-from wads_dist.trainer import Trainer, WithGradient, adversarial_loss, discriminator_loss, objective_weights
-from wads_dist.worker import initialise
+from wads_dist.common.errors import ConfigError
+from wads_dist.common.ranks import Ranks
+from wads_dist.config.deepspeed import resolve_precision
+from wads_dist.config.load import load_config
+from wads_dist.config.schema import Config
+from wads_dist.model.layers import use_kernels
+from wads_dist.model.networks import Discriminator, Wads
+from wads_dist.profiling.step import RandomImages, threads_of
+from wads_dist.profiling.timing import measure_device
+from wads_dist.runs.record import code_version
+from wads_dist.scheduler.rendezvous import unless_launched
+from wads_dist.training.checkpoint import zero_stage
+from wads_dist.training.graph import compile_networks
+from wads_dist.training.losses import WithGradient, adversarial_loss, discriminator_loss, objective_weights
+from wads_dist.training.timing import synchronise
+from wads_dist.training.trainer import Trainer
+from wads_dist.training.worker import initialise
 
 
 class PlainLoop:

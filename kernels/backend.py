@@ -19,9 +19,9 @@ def resolve(backend: Backend, device: "torch.device") -> Literal["triton", "nati
     if backend == "auto":
         if device.type != "cpu":
             return "triton"
-        from kernels import native
+        from kernels import library
 
-        return "native" if native.available() else "torch"
+        return "native" if library.available() else "torch"
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"the native kernels run on CPU tensors, these are on {device}")
     return backend

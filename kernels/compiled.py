@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("kernels.objective_triton", "kernels.synthesis_triton", "kernels.group_norm_triton")
+MODULES = ("kernels.objective.triton", "kernels.synthesis.triton", "kernels.group_norm.triton")
 # Each target, and the shared memory that one block may have there.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.command import main
 from launch.sweep import parse
-from wads_dist.config import Config
-from wads_dist.entry import leave, main
+from wads_dist.common.processes import leave
+from wads_dist.config.schema import Config
 
 DESCRIPTION = (
     "Trains the method (wads), the same without SSIM in the reconstruction loss (noSSIM), without the sparsity KL (noKL) and "
@@ -19,7 +20,7 @@ DESCRIPTION = (
 
 
 def run(_: Config) -> int:
-    from wads_dist.ablations import ablations
+    from wads_dist.sweep.ablations import ablations
 
     return ablations(given, settings)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wads_dist.config import Config
-from wads_dist.entry import main
+from launch.command import main
+from wads_dist.config.schema import Config
 
 
 def evaluate(config: Config) -> int:
-    from wads_dist.rescore import evaluate_run  # imports DeepSpeed; a misspelled setting is told before
+    from wads_dist.scheduler.rescore import evaluate_run  # imports DeepSpeed; a misspelled setting is told before
 
     return evaluate_run(config)
 

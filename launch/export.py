@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.command import main
 from shards.arguments import Parser, local_path
-from wads_dist.entry import main
-from wads_dist.export import DIFFERS, FILES, MAX_IMAGES, TOLERANCE, export_command
+from wads_dist.deploy.export import DIFFERS, FILES, MAX_IMAGES, TOLERANCE, export_command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

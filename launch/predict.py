@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from launch.command import main
 from shards.arguments import Parser, local, local_path
-from wads_dist.entry import main
-from wads_dist.predict import OVERLAP, load
-from wads_dist.predict_files import predict_command
+from wads_dist.deploy.predict import OVERLAP, load
+from wads_dist.deploy.predict_files import predict_command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -9,10 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from kernels.objective import WINDOW
+from launch.command import check_checkout
 from shards.arguments import Parser, local, local_path
-from wads_dist.entry import check_checkout
-from wads_dist.kernel_peers import DTYPES, IMPLEMENTATIONS, LAYOUTS
-from wads_dist.kernel_profile import KERNELS, Options, candidates, cases, profile_kernels
+from wads_dist.profiling.kernels import KERNELS, Options, candidates, cases, profile_kernels
+from wads_dist.profiling.peers import DTYPES, IMPLEMENTATIONS, LAYOUTS
 
 
 def parse(argv: Sequence[str] | None) -> Options:

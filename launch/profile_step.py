@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.command import main
 from shards.arguments import Parser, local, local_path
-from wads_dist.config import Config
-from wads_dist.entry import leave, main
+from wads_dist.common.processes import leave
+from wads_dist.config.schema import Config
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -42,8 +43,8 @@ if __name__ == "__main__":
     given, settings = parse()
 
     def run(config: Config) -> int:
-        from wads_dist.rendezvous import unless_launched  # imports torch; a misspelled setting is told before
-        from wads_dist.step_profile import profile_step
+        from wads_dist.profiling.step import profile_step
+        from wads_dist.scheduler.rendezvous import unless_launched  # imports torch; a misspelled setting is told before
 
         unless_launched()
         return profile_step(config, given.steps, given.json, given.trace)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.command import main
 from shards.arguments import Parser, local_path
-from wads_dist.config import Config
-from wads_dist.entry import main
+from wads_dist.config.schema import Config
 
 MOST = 400  # a taller picture is more than matplotlib draws
 
@@ -40,7 +40,9 @@ if __name__ == "__main__":
     given, settings = parse()
 
     def show(config: Config) -> int:
-        from wads_dist.show_samples import show_samples  # imports DeepSpeed; a misspelled setting is told before
+        from wads_dist.reporting.sample_sheet import (
+            show_samples,  # imports DeepSpeed; a misspelled setting is told before
+        )
 
         return show_samples(config, given.samples, given.out)
 

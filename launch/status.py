@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shards.arguments import Parser, local_path
-from wads_dist.status import show_status
+from wads_dist.reporting.status import show_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.command import main
 from shards.arguments import Parser, local_path
-from wads_dist.entry import leave, main
-from wads_dist.sweep import sweep
+from wads_dist.common.processes import leave
+from wads_dist.sweep.run import sweep
 
 DESCRIPTION = (
     "Trains every run of a grid and its seeds, each over all of its categories: here, one run after the other, or as a Slurm "

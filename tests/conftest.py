@@ -97,7 +97,7 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def unbroken(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two ranks that nothing happens to, with which those that were broken off are compared."""
-    from tests.wads_dist.faults.launching import command, launched, summary
+    from tests.support.launching import command, launched, summary
 
     folder = tmp_path_factory.mktemp("unbroken")
     run = folder / "run"

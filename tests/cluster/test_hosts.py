@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Hosts
-from tests.wads_dist.faults.launching import CATEGORY, OPTIONS, Launched, events, launched, same_weights, summary
-from wads_dist.errors import ExitCode
+from tests.support.launching import CATEGORY, OPTIONS, Launched, events, launched, same_weights, summary
+from wads_dist.common.errors import ExitCode
 
 # One category on both hosts.
 TOGETHER = ("--parallel.straddle_nodes", "true")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Host, Hosts, sh
-from tests.wads_dist.faults.launching import OPTIONS, events, launched, processes, summary, wait_for
-from wads_dist.leases import attempts_of
+from tests.support.launching import OPTIONS, events, launched, processes, summary, wait_for
+from wads_dist.runs.leases import attempts_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1200)]
 CATEGORIES = ["demo_biscuit", "demo_gear", "demo_leafplate", "demo_weave"]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY, environment
-from tests.wads_dist.faults.launching import BATCH, CATEGORY, OPTIONS, events, free_port, launched, processes, summary
-from wads_dist.errors import ExitCode
+from tests.support.launching import BATCH, CATEGORY, OPTIONS, events, free_port, launched, processes, summary
+from wads_dist.common.errors import ExitCode
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 CLUSTER = REPOSITORY / "configs" / "cluster"

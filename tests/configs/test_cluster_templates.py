@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from tests.conftest import REPOSITORY, environment
-from wads_dist.config import Config, load_config
+from wads_dist.config.load import load_config
+from wads_dist.config.schema import Config
 
 CLUSTER = REPOSITORY / "configs" / "cluster"
 HOSTFILE, DEEPSPEED_ENV, SBATCH = CLUSTER / "hostfile", CLUSTER / "deepspeed_env", CLUSTER / "train.sbatch"

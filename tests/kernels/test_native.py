@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import library
 from kernels.objective import KLDirection, KLForm, ObjectiveTerms, ObjectiveWeights, objective
+from kernels.objective import cpp as objective_cpp
 from kernels.synthesis import Batch, SynthesisSettings, draw, synthesise
+from kernels.synthesis import cpp as synthesis_cpp
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = [(2, 3, 11, 11), (1, 1, 11, 11), (2, 3, 17, 131), (2, 1, 90, 75), (2, 3, 128, 128)]
@@ -25,7 +27,7 @@ SHAPES = [(2, 3, 11, 11), (1, 1, 11, 11), (2, 3, 17, 131), (2, 1, 90, 75), (2, 3
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
     """Not a skip: wherever these tests run there is a compiler, and then the kernels must compile."""
-    native._library()
+    library.load()
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_synthesis_is_the_references(settings: SynthesisSettings) -> None:
     for start in (0, 2**33 + 5):
         sample, seed = torch.arange(start, start + 60), 2**63 + 12345 + start
         ours, theirs = (
-            native.synthesise(images, textures, sample, seed, settings, None, 9),
+            synthesis_cpp.synthesise(images, textures, sample, seed, settings, None, 9),
             by_reference(images, textures, sample, seed, settings),
         )
         differs = ours.mask != theirs.mask
@@ -77,14 +79,16 @@ def test_synthesis_is_the_references(settings: SynthesisSettings) -> None:
 
 def test_on_smooth_images_the_difference_is_a_rounding() -> None:
     ramp = torch.linspace(0, 255, 128).to(torch.uint8).expand(2, 3, 128, 128).contiguous()
-    ours = native.synthesise(ramp, ramp, torch.arange(64), 0, SynthesisSettings(), None, 2)
+    ours = synthesis_cpp.synthesise(ramp, ramp, torch.arange(64), 0, SynthesisSettings(), None, 2)
     theirs = by_reference(ramp, ramp, torch.arange(64), 0, SynthesisSettings())
     assert torch.equal(ours.mask, theirs.mask)
     assert (ours.anomalous - theirs.anomalous).abs().max() < 1e-6
 
 
 def test_outputs_are_channels_last_and_a_byte_per_mask_pixel() -> None:
-    batch = native.synthesise(stored(2), stored(2), torch.arange(3), 0, SynthesisSettings(image_size=64), None, 2)
+    batch = synthesis_cpp.synthesise(
+        stored(2), stored(2), torch.arange(3), 0, SynthesisSettings(image_size=64), None, 2
+    )
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (batch.clean, batch.anomalous))
     assert batch.mask.dtype == torch.uint8 and batch.mask.is_contiguous() and batch.mask.shape == (3, 1, 64, 64)
     assert set(batch.mask.unique().tolist()) == {0, 1}
@@ -93,11 +97,13 @@ def test_outputs_are_channels_last_and_a_byte_per_mask_pixel() -> None:
 def test_a_sample_depends_on_neither_batch_nor_threads(threads: Callable[[int], None]) -> None:
     images, settings = stored(9), SynthesisSettings(image_size=64)
     threads(1)
-    whole = native.synthesise(images, images, torch.arange(23), 5, settings, None, 9)
+    whole = synthesis_cpp.synthesise(images, images, torch.arange(23), 5, settings, None, 9)
     for count in (1, 2, 5):
         threads(count)
         for size in (1, 4, 23):
-            parts = [native.synthesise(images, images, s, 5, settings, None, 9) for s in torch.arange(23).split(size)]
+            parts = [
+                synthesis_cpp.synthesise(images, images, s, 5, settings, None, 9) for s in torch.arange(23).split(size)
+            ]
             for name in ("clean", "anomalous", "mask"):
                 assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
 
@@ -105,19 +111,19 @@ def test_a_sample_depends_on_neither_batch_nor_threads(threads: Callable[[int], 
 def test_given_rows_give_the_resident_sample_and_foreign_rows_are_refused() -> None:
     images, settings, sample = stored(9), SynthesisSettings(image_size=64), torch.arange(100, 112)
     rows = draw(0, sample, 9, 9, settings).image_index
-    resident = native.synthesise(images, images, sample, 0, settings, None, 9)
-    streamed = native.synthesise(images[rows], images, sample, 0, settings, torch.arange(12), 9)
+    resident = synthesis_cpp.synthesise(images, images, sample, 0, settings, None, 9)
+    streamed = synthesis_cpp.synthesise(images[rows], images, sample, 0, settings, torch.arange(12), 9)
     assert torch.equal(resident.anomalous, streamed.anomalous)
     for wrong in (-1, 9):
         with pytest.raises(IndexError, match="rows"):
-            native.synthesise(images, images, sample, 0, settings, torch.full((12,), wrong), 9)
+            synthesis_cpp.synthesise(images, images, sample, 0, settings, torch.full((12,), wrong), 9)
 
 
 def test_every_position_shows_the_image_that_the_shuffle_says() -> None:
     images = torch.arange(251, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
     sample = torch.cat([torch.arange(1004), torch.arange(2**40, 2**40 + 251)])
     settings = SynthesisSettings(image_size=2)
-    shown = native.synthesise(images, images, sample, 11, settings, None, 251).clean[:, 0, 0, 0] * 255
+    shown = synthesis_cpp.synthesise(images, images, sample, 11, settings, None, 251).clean[:, 0, 0, 0] * 255
     assert torch.equal(shown.round().long(), draw(11, sample, 251, 251, settings).image_index)
 
 
@@ -145,12 +151,12 @@ def exact(
 def check(x: Tensor, y: Tensor, z: Tensor, mask: Tensor, weights: ObjectiveWeights, tolerance: float = 2e-5) -> None:
     """Terms to ``tolerance``; gradients to 2e-5 of their largest entry, as fp32 sums of a hundred terms allow."""
     terms, dy, dz = exact(x, y, z, mask, weights)
-    ours, our_dy, our_dz = native.objective(x, y, z, mask, weights, True)
+    ours, our_dy, our_dz = objective_cpp.objective(x, y, z, mask, weights, True)
     assert our_dy is not None and our_dz is not None
     assert torch.allclose(ours.double(), terms.per_image, rtol=1e-5, atol=tolerance)
     assert (our_dy - dy).abs().max() < 2e-5 * dy.abs().max()
     assert (our_dz - dz).abs().max() < 2e-5 * dz.abs().max()
-    without, *none = native.objective(x, y, z, mask, weights, False)
+    without, *none = objective_cpp.objective(x, y, z, mask, weights, False)
     assert torch.equal(without, ours) and none == [None, None]
 
 
@@ -161,7 +167,7 @@ def test_objective_is_the_references(shape: tuple[int, ...], channels_last: bool
     layout = torch.channels_last if channels_last else torch.contiguous_format
     y = y.to(memory_format=layout)
     check(x, y, z, mask, ObjectiveWeights(kl=1.0))
-    _, dy, _ = native.objective(x, y, z, mask, ObjectiveWeights(), True)
+    _, dy, _ = objective_cpp.objective(x, y, z, mask, ObjectiveWeights(), True)
     assert dy is not None and dy.is_contiguous(memory_format=layout)
 
 
@@ -202,7 +208,7 @@ def test_a_gradient_image_from_black_to_white_does_not_cancel() -> None:
 
 def test_the_dissimilarity_of_equal_images_is_zero_and_flat_there() -> None:
     x, _, z, mask = inputs((2, 3, 64, 64))
-    terms, dy, _ = native.objective(x, x.clone(), z, mask, ObjectiveWeights(), True)
+    terms, dy, _ = objective_cpp.objective(x, x.clone(), z, mask, ObjectiveWeights(), True)
     assert dy is not None and terms[:2].abs().max() == 0 and dy.abs().max() < 1e-7
 
 
@@ -224,7 +230,7 @@ def test_extreme_logits_are_the_references(
     x, y, _, mask = inputs((1, 3, 16, 16))
     z = torch.linspace(*extremes, 256).view(1, 1, 16, 16)
     mask, weights = torch.full_like(mask, truth), ObjectiveWeights(gamma=gamma, kl_form=form, kl_direction=direction)
-    terms, dy, dz = native.objective(x, y, z, mask, weights, True)
+    terms, dy, dz = objective_cpp.objective(x, y, z, mask, weights, True)
     assert dy is not None and dz is not None
     assert torch.isfinite(terms).all() and torch.isfinite(dy).all() and torch.isfinite(dz).all()
     expected, _, expected_dz = exact(x, y, z, mask, weights)
@@ -240,7 +246,7 @@ def test_nan_in_nan_out() -> None:
         bad_y[1].view(-1)[position] = math.nan
         bad_z[1].view(-1)[position] = math.nan
         for weights in (ObjectiveWeights(), ObjectiveWeights(gamma=0.1, kl_form="pixel")):
-            terms, dy, dz = native.objective(x, bad_y, bad_z, mask, weights, True)
+            terms, dy, dz = objective_cpp.objective(x, bad_y, bad_z, mask, weights, True)
             assert dy is not None and dz is not None
             assert terms[:, 1].isnan().all() and torch.isfinite(terms[:, 0]).all()
             assert dy[1].isnan().any() and dz[1].isnan().any()
@@ -252,7 +258,7 @@ def test_a_segmenter_that_has_diverged_does_not_look_healthy(value: float) -> No
     x, y, z, mask = inputs((2, 3, 16, 16))
     z[1].view(-1)[7] = value
     weights = ObjectiveWeights(focal=0.0, kl_form="pixel")
-    terms, _, dz = native.objective(x, y, z, mask, weights, True)
+    terms, _, dz = objective_cpp.objective(x, y, z, mask, weights, True)
     expected = objective(x, y, z, mask, weights, backend="torch").per_image
     assert dz is not None and terms[3].isfinite().tolist() == expected[3].isfinite().tolist() == [
         True,
@@ -267,7 +273,7 @@ def test_objective_is_the_same_to_the_bit_for_any_number_of_threads(threads: Cal
         results = []
         for count in (1, 2, 3, 7):
             threads(count)
-            results.append(native.objective(x, y, z, mask, weights, True))
+            results.append(objective_cpp.objective(x, y, z, mask, weights, True))
         for result in results[1:]:
             for ours, first in zip(result, results[0], strict=True):
                 assert ours is not None and first is not None and torch.equal(ours, first)
@@ -275,16 +281,16 @@ def test_objective_is_the_same_to_the_bit_for_any_number_of_threads(threads: Cal
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
     x, y, z, mask = inputs((5, 3, 40, 40))
-    whole, *_ = native.objective(x, y, z, mask, ObjectiveWeights(), True)
+    whole, *_ = objective_cpp.objective(x, y, z, mask, ObjectiveWeights(), True)
     for n in range(5):
-        alone, *_ = native.objective(*(t[n : n + 1] for t in (x, y, z, mask)), ObjectiveWeights(), False)
+        alone, *_ = objective_cpp.objective(*(t[n : n + 1] for t in (x, y, z, mask)), ObjectiveWeights(), False)
         assert torch.equal(alone[:, 0], whole[:, n])
 
 
 def test_arguments_are_left_as_they_are() -> None:
     tensors = inputs((2, 3, 20, 20))
     copies = [t.clone() for t in tensors]
-    native.objective(*tensors, replace(ObjectiveWeights(), kl=1.0), True)
+    objective_cpp.objective(*tensors, replace(ObjectiveWeights(), kl=1.0), True)
     assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
 
 
@@ -296,12 +302,12 @@ import torch
 from kernels import native
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    print(native.available(), native.available(), len(caught))
+    print(library.available(), library.available(), len(caught))
 try:
-    native.synthesise(*[torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2, torch.arange(1), 0,
+    synthesis_cpp.synthesise(*[torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2, torch.arange(1), 0,
                       __import__("kernels.synthesis").synthesis.SynthesisSettings(image_size=8), None, 1)
     print("made a sample")
-except native.NativeUnavailable as reason:
+except library.NativeUnavailable as reason:
     print(reason)
 """
 
@@ -315,8 +321,8 @@ def test_defaults_of_dtype_and_device_do_not_reach_the_kernels() -> None:
     batch, images, settings = inputs((2, 3, 16, 16)), stored(2, 32), SynthesisSettings(image_size=16)
 
     def results() -> list[Tensor | None]:
-        made = native.synthesise(images, images, torch.arange(2, device="cpu"), 0, settings, None, 2)
-        return [made.clean, made.anomalous, made.mask, *native.objective(*batch, ObjectiveWeights(), True)]
+        made = synthesis_cpp.synthesise(images, images, torch.arange(2, device="cpu"), 0, settings, None, 2)
+        return [made.clean, made.anomalous, made.mask, *objective_cpp.objective(*batch, ObjectiveWeights(), True)]
 
     expected = results()
     try:
@@ -338,9 +344,9 @@ def test_no_home_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    monkeypatch.setattr(native.Path, "home", home)
-    with pytest.raises(native.NativeUnavailable, match=r"home directory.*set TORCH_EXTENSIONS_DIR"):
-        native._compile()
+    monkeypatch.setattr(library.Path, "home", home)
+    with pytest.raises(library.NativeUnavailable, match=r"home directory.*set TORCH_EXTENSIONS_DIR"):
+        library._compile()
 
 
 @pytest.mark.parametrize("mended", [True, False])
@@ -348,7 +354,7 @@ def test_no_home_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_library_is_built_again_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: bytes, mended: bool
 ) -> None:
-    contents, builds, run = native._compile().read_bytes() if mended else damage, [], subprocess.run
+    contents, builds, run = library._compile().read_bytes() if mended else damage, [], subprocess.run
 
     def compiler(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         if "-o" not in command:
@@ -356,11 +362,11 @@ def test_a_damaged_library_is_built_again_once(
         builds.append(Path(command[-1]).write_bytes(contents))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(native.subprocess, "run", compiler)
+    monkeypatch.setattr(library.subprocess, "run", compiler)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    native._compile().write_bytes(damage)
-    loaded = native._load.__wrapped__()
-    assert isinstance(loaded, ctypes.CDLL if mended else native.NativeUnavailable) and len(builds) == 2
+    library._compile().write_bytes(damage)
+    loaded = library._load.__wrapped__()
+    assert isinstance(loaded, ctypes.CDLL if mended else library.NativeUnavailable) and len(builds) == 2
 
 
 @pytest.mark.slow
@@ -399,15 +405,15 @@ def test_the_library_is_named_after_what_it_was_made_from(monkeypatch: pytest.Mo
             Path(command[-1]).touch()
         return subprocess.CompletedProcess(command, 0, f"{command[0]} 1.0", "")
 
-    monkeypatch.setattr(native.subprocess, "run", compiler)
+    monkeypatch.setattr(library.subprocess, "run", compiler)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "one")
-    first = native._compile()
-    assert native._compile() == first and len(calls) == 1
+    first = library._compile()
+    assert library._compile() == first and len(calls) == 1
     monkeypatch.setenv("CXX", "ccache two -g0")
-    second = native._compile()
+    second = library._compile()
     assert calls[1][:3] == ["ccache", "two", "-g0"]
-    monkeypatch.setattr(native, "_processor", lambda: "flags: fma avx9")
-    third = native._compile()
-    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, "-g"])
-    assert len({first, second, third, native._compile()}) == 4 == len(calls)
+    monkeypatch.setattr(library, "_processor", lambda: "flags: fma avx9")
+    third = library._compile()
+    monkeypatch.setattr(library, "FLAGS", [*library.FLAGS, "-g"])
+    assert len({first, second, third, library._compile()}) == 4 == len(calls)

@@ -9,15 +9,8 @@ from torch import Tensor
 
 from kernels import synthesis
 from kernels.backend import Backend
-from kernels.synthesis import (
-    SynthesisSettings,
-    draw,
-    lattice_gradients,
-    lattice_window,
-    perlin_noise,
-    sample_affine,
-    whole_images,
-)
+from kernels.synthesis import SynthesisSettings, draw, whole_images
+from kernels.synthesis.reference import lattice_gradients, lattice_window, perlin_noise, sample_affine
 
 SETTINGS = SynthesisSettings(image_size=64)
 # This file is about the PyTorch form; the other backends have their own.

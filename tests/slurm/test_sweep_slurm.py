@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
 from tests.slurm.conftest import Slurm
-from tests.wads_dist.faults.launching import BATCH, events, wait_for
-from wads_dist.errors import ExitCode
+from tests.support.launching import BATCH, events, wait_for
+from wads_dist.common.errors import ExitCode
 
 pytestmark = [pytest.mark.slurm, pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1800)]
 CATEGORIES = ["demo_biscuit", "demo_leafplate", "demo_washer"]
@@ -80,7 +80,7 @@ class Started:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if {"wads_dist.worker", str(self.run), category} <= set(process.cmdline()):
+                if {"wads_dist.training.worker", str(self.run), category} <= set(process.cmdline()):
                     found.append(process)
         return found
 

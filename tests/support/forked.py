@@ -131,7 +131,7 @@ class Ranks:
     def __init__(
         self, world: int, command: Sequence[str], env: Mapping[str, str], logs: Sequence[Path], *, fork: bool = True
     ) -> None:
-        from wads_dist.rendezvous import free_port
+        from wads_dist.common.processes import free_port
 
         place = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -18,12 +18,14 @@ from torch import Tensor
 
 import tests.support.imported  # noqa: F401
 from kernels.synthesis import Batch
+from launch.command import main
 from tests.support.forked import Fork
-from wads_dist import supervisor, worker
-from wads_dist.data import TrainingData
-from wads_dist.entry import leave, main
-from wads_dist.run import train_run
-from wads_dist.signals import StopRequest
+from wads_dist.common.processes import leave
+from wads_dist.common.signals import StopRequest
+from wads_dist.data.training import TrainingData
+from wads_dist.scheduler import supervisor
+from wads_dist.scheduler.run import train_run
+from wads_dist.training import worker
 
 
 def hold_workers(hold: Path) -> None:

@@ -12,26 +12,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch.command import main
 from shards.addresses import VARIABLE, with_credentials
 from shards.arguments import Parser, local_path
 from shards.errors import DataError
 from shards.names import RESERVED
-from tests.wads_dist.test_run import SMALL, command
-from wads_dist import categories, leases, record, report, run
-from wads_dist.checkpoint_files import problems
-from wads_dist.config import ADDRESSES, ConfigError, _fields, config_difference, load_config
-from wads_dist.deepspeed_config import with_monitors
-from wads_dist.entry import main
-from wads_dist.errors import ExitCode, ModelFileError
-from wads_dist.evaluate import save_weights
-from wads_dist.export import export_command
-from wads_dist.models import Wads
-from wads_dist.predict import load_weights
-from wads_dist.record import Outcome, open_run, record_summary, refuse_links
-from wads_dist.rendezvous import launch_identity
-from wads_dist.run import locate_shards, train_run
-from wads_dist.sweep import command_line
-from wads_dist.sweep_plan import RECORD, TAKEN, load, parse_grid, plan_runs, read_variants
+from tests.wads_dist.scheduler.test_run import SMALL, command
+from wads_dist.common.errors import ConfigError, ExitCode, ModelFileError
+from wads_dist.config.deepspeed import with_monitors
+from wads_dist.config.load import ADDRESSES, config_difference, load_config
+from wads_dist.config.schema import all_settings
+from wads_dist.data.locate import locate_shards
+from wads_dist.deploy.export import export_command
+from wads_dist.deploy.predict import load_weights
+from wads_dist.model.networks import Wads
+from wads_dist.model.weights import save_weights
+from wads_dist.reporting import report
+from wads_dist.runs import leases, record
+from wads_dist.runs.record import Outcome, open_run, record_summary, refuse_links
+from wads_dist.scheduler import categories, run
+from wads_dist.scheduler.rendezvous import launch_identity
+from wads_dist.scheduler.run import train_run
+from wads_dist.sweep.plan import RECORD, TAKEN, load, parse_grid, plan_runs, read_variants
+from wads_dist.sweep.run import command_line
+from wads_dist.training.checkpoint_files import problems
 
 WITH, WITHOUT = "https://alice:s3cr3t@host.example/mvtec?sig=t0ken", "https://host.example/mvtec"
 BANK = "https://alice:s3cr3t@host.example/banks/textures?sig=t0ken&v=2"
@@ -303,7 +307,7 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("path", list(_fields()))
+@pytest.mark.parametrize("path", list(all_settings()))
 def test_no_setting_but_those_of_data_takes_an_address_and_no_error_shows_one(
     path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,7 +390,7 @@ def test_a_sweep_shows_no_address() -> None:
 def test_a_sweep_over_an_address_plans_it_without_credentials(
     demo_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wads_dist.sweep_plan._locate", lambda config, build: (config.data.shards, ["nut"]))
+    monkeypatch.setattr("wads_dist.sweep.plan._locate", lambda config, build: (config.data.shards, ["nut"]))
     runs = plan_runs(tmp_path, ["--data.shards", WITH, *SMALL], {}, None, build=True)
     assert [run.config.data.shards for run in runs] == [WITHOUT] and clean(runs)
 

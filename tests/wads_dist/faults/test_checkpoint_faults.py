@@ -13,9 +13,9 @@ import pytest
 
 from shards.demo import demo
 from tests.conftest import REPOSITORY, environment
-from tests.wads_dist.faults.launching import BATCH, CATEGORY, STEPS, events, launched, unlaunched, wait_for
-from wads_dist.checkpoint_files import main as checkpoint_command
-from wads_dist.errors import ExitCode
+from tests.support.launching import BATCH, CATEGORY, STEPS, events, launched, unlaunched, wait_for
+from wads_dist.common.errors import ExitCode
+from wads_dist.training.checkpoint_files import main as checkpoint_command
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1800)]
 

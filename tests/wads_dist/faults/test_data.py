@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.shards.test_verify import reseal, rewrite
-from tests.wads_dist.faults.launching import CATEGORY, events, launched, summary, unlaunched
-from wads_dist.errors import ExitCode
+from tests.support.launching import CATEGORY, events, launched, summary, unlaunched
+from wads_dist.common.errors import ExitCode
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 TRAIN, TEST = "train-000000.tar", "test-000000.tar"

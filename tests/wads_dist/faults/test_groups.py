@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.wads_dist.faults.launching import (
+from tests.support.launching import (
     Launched,
     Unlaunched,
     events,
@@ -24,9 +24,9 @@ from tests.wads_dist.faults.launching import (
     summary,
     wait_for,
 )
-from wads_dist.errors import ExitCode
-from wads_dist.leases import attempts_of
-from wads_dist.status import rank_times
+from wads_dist.common.errors import ExitCode
+from wads_dist.runs.leases import attempts_of
+from wads_dist.runs.reader import rank_times
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS = 2

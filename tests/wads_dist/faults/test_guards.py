@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.wads_dist.faults.launching import BATCH, CATEGORY, events, launched, summary, unlaunched
-from wads_dist.errors import ExitCode
+from tests.support.launching import BATCH, CATEGORY, events, launched, summary, unlaunched
+from wads_dist.common.errors import ExitCode
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 PROGRAM = "tests/wads_dist/programs/faulty_train.py"

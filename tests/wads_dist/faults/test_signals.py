@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.wads_dist.faults.launching import (
+from tests.support.launching import (
     BATCH,
     CATEGORY,
     EVERY,
@@ -25,7 +25,7 @@ from tests.wads_dist.faults.launching import (
     summary,
     unlaunched,
 )
-from wads_dist.errors import ExitCode
+from wads_dist.common.errors import ExitCode
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 # The launcher's own times: it looks once a second, and gives a process it ends 30 s.

@@ -23,12 +23,13 @@ import torch
 from common import small_trainer
 from lives import DATA
 
-from wads_dist import checkpoint
-from wads_dist import checkpoint_files as files
-from wads_dist.checkpoint import DataHashes
-from wads_dist.distributed import Ranks
-from wads_dist.errors import ResumeError
-from wads_dist.trainer import Trainer
+from wads_dist.common.errors import ResumeError
+from wads_dist.common.files import HashedFile
+from wads_dist.common.ranks import Ranks
+from wads_dist.training import checkpoint
+from wads_dist.training import checkpoint_files as files
+from wads_dist.training.checkpoint import DataHashes
+from wads_dist.training.trainer import Trainer
 
 OPTIONS = ["--checkpoint.keep_best", "false"]
 
@@ -59,15 +60,15 @@ def die(*_: Any, **__: Any) -> None:
 
 def die_in_file(part: str, at: int = 0) -> None:
     """Dies while a file whose path holds ``part`` is written, after ``at`` bytes or more."""
-    write = files.HashedFile.write
+    write = HashedFile.write
 
-    def half(self: files.HashedFile, data: Any) -> int:
+    def half(self: HashedFile, data: Any) -> int:
         if part in str(self.file.name) and self.bytes >= at:
             self.file.write(memoryview(data).cast("B")[: len(data) // 2])
             die()
         return write(self, data)
 
-    files.HashedFile.write = half  # type: ignore[method-assign]
+    HashedFile.write = half  # type: ignore[method-assign]
 
 
 def die_in_rename(target: str) -> None:

@@ -14,11 +14,11 @@ import torch.distributed as dist
 
 from shards.source import Dataset
 from tests.wads_dist.programs.common import leave, small_config
-from wads_dist.calibration import fit_experts
-from wads_dist.distributed import Ranks
-from wads_dist.evaluate import evaluate
-from wads_dist.features import load_network
-from wads_dist.models import Wads
+from wads_dist.common.ranks import Ranks
+from wads_dist.evaluation.calibration import fit_experts
+from wads_dist.evaluation.evaluate import evaluate
+from wads_dist.model.features import load_network
+from wads_dist.model.networks import Wads
 
 if __name__ == "__main__":
     if int(os.environ["WORLD_SIZE"]) > 1:

@@ -15,10 +15,10 @@ import lives
 from common import small_trainer
 from lives import DATA
 
-from wads_dist import checkpoint, engines
-from wads_dist.checkpoint import random_state
-from wads_dist.distributed import SHARED_MEMORY, Ranks
-from wads_dist.trainer import Trainer
+from wads_dist.common.ranks import SHARED_MEMORY, Ranks
+from wads_dist.training import checkpoint, engines
+from wads_dist.training.checkpoint import random_state
+from wads_dist.training.trainer import Trainer
 
 HALF, WHOLE = 2, 4
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.synthesis import Batch
 from tests.support.train import train
-from wads_dist.data import TrainingData
+from wads_dist.data.training import TrainingData
 
 SLOW_SECONDS = 1.5
 FAULTS = [fault for fault in json.loads(os.environ["FAULTS"]) if fault[1] == int(os.environ["RANK"])]

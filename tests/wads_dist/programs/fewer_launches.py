@@ -14,9 +14,9 @@ from common import join, leave, small_trainer
 from exact_resume import assert_same
 from torch._dynamo.utils import counters
 
-from wads_dist import engines, graph
-from wads_dist.distributed import Ranks
-from wads_dist.trainer import Trainer
+from wads_dist.common.ranks import Ranks
+from wads_dist.training import engines, graph
+from wads_dist.training.trainer import Trainer
 
 BAD = frozenset({17})
 STEPS = 4

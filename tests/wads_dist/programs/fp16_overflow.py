@@ -8,7 +8,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from common import join, leave, small_trainer
 
-from wads_dist import engines
+from wads_dist.training import engines
 
 
 def main() -> None:

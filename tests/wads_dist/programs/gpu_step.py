@@ -22,10 +22,10 @@ from torch import Tensor
 
 from kernels.synthesis import Batch
 from tests.support.fake_gpu import Layouts
-from wads_dist import checkpoint, engines
-from wads_dist.distributed import Ranks
-from wads_dist.record import code_version
-from wads_dist.trainer import Trainer
+from wads_dist.common.ranks import Ranks
+from wads_dist.runs.record import code_version
+from wads_dist.training import checkpoint, engines
+from wads_dist.training.trainer import Trainer
 
 IDS = 8
 GOLDEN_STEPS = 5

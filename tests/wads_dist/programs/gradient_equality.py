@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import Samples, join, leave, small_config, small_trainer
 
 from kernels.objective import ObjectiveWeights, objective
-from wads_dist import engines
-from wads_dist.models import Discriminator, Wads
-from wads_dist.trainer import Trainer
+from wads_dist.model.networks import Discriminator, Wads
+from wads_dist.training import engines
+from wads_dist.training.trainer import Trainer
 
 STEPS = 3
 

@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wads_dist.trainer import Trainer
+from wads_dist.training.trainer import Trainer
 
 READS = {
     *("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::masked_select"),

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 
 import tests.support.imported  # noqa: F401
-from wads_dist.checkpoint import DataHashes
-from wads_dist.distributed import Ranks
+from wads_dist.common.ranks import Ranks
+from wads_dist.training.checkpoint import DataHashes
 
 DATA = DataHashes("f" * 64, {"train-000000.tar": "a" * 64})
 Body = Callable[[Ranks], None]

@@ -23,9 +23,9 @@ from common import small_trainer
 from exact_resume import assert_same, everything
 from lives import DATA
 
-from wads_dist import checkpoint
-from wads_dist.distributed import Ranks
-from wads_dist.trainer import Trainer
+from wads_dist.common.ranks import Ranks
+from wads_dist.training import checkpoint
+from wads_dist.training.trainer import Trainer
 
 EVERY = 2
 OPTIONS = ["--trainer.ema", "0.9", "--checkpoint.keep", "2", "--trainer.learning_rate", "1e-3"]

@@ -9,8 +9,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from common import join, leave, small_trainer
 
-from wads_dist import engines
-from wads_dist.trainer import Losses, Trainer
+from wads_dist.training import engines
+from wads_dist.training.losses import Losses
+from wads_dist.training.trainer import Trainer
 
 
 def everything(trainer: Trainer) -> list[torch.Tensor]:

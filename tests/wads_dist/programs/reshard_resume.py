@@ -19,9 +19,9 @@ import lives
 from common import small_trainer
 from lives import DATA
 
-from wads_dist import checkpoint, engines
-from wads_dist.distributed import Ranks
-from wads_dist.trainer import Trainer
+from wads_dist.common.ranks import Ranks
+from wads_dist.training import checkpoint, engines
+from wads_dist.training.trainer import Trainer
 
 WHOLE = 9
 LEGS = ((2, 3), (1, 6), (2, WHOLE))  # (ranks, up to which step)

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import Samples, join, leave
 
 from shards.textures import procedural_textures
-from wads_dist.config import load_config
-from wads_dist.trainer import Trainer
+from wads_dist.config.load import load_config
+from wads_dist.training.trainer import Trainer
 
 
 def main() -> None:

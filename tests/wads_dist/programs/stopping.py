@@ -16,10 +16,10 @@ from lives import DATA
 from torch import Tensor
 
 from shards.source import Dataset
-from wads_dist import checkpoint
-from wads_dist.data import TrainingData
-from wads_dist.stopping import HeldOutScore, is_due
-from wads_dist.trainer import Trainer
+from wads_dist.data.training import TrainingData
+from wads_dist.training import checkpoint
+from wads_dist.training.stopping import HeldOutScore, is_due
+from wads_dist.training.trainer import Trainer
 
 OPTIONS = (
     "--stopping.every 16 --stopping.patience 2 --trainer.samples 96 --trainer.ema 0.5 --trainer.learning_rate 3e-3 "

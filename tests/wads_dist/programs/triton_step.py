@@ -10,8 +10,8 @@ import torch
 from common import join, leave, small_trainer
 from torch import Tensor
 
-from wads_dist import engines
-from wads_dist.distributed import Ranks
+from wads_dist.common.ranks import Ranks
+from wads_dist.training import engines
 
 OVERRIDES = "--trainer.global_batch_size 2 --trainer.learning_rate 1.0 --trainer.kernels".split()
 

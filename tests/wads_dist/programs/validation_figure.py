@@ -12,8 +12,8 @@ from common import join, leave, small_trainer
 from exact_resume import assert_same, everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from wads_dist.distributed import Ranks
-from wads_dist.validation import ValidationSamples, show, wanted
+from wads_dist.common.ranks import Ranks
+from wads_dist.training.validation import ValidationSamples, show, wanted
 
 STEPS = 2
 OPTIONS = "--trainer.ema 0.9 --trainer.learning_rate 1e-3 --trainer.micro_batch_size 2"

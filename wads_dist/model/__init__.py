@@ -1,0 +1,1 @@
+"""The networks, frozen features and their bank, and weights as files."""

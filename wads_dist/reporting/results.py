@@ -1,0 +1,19 @@
+"""What is written of an evaluation besides its numbers: pictures, curves, and the threshold beside and in the weights."""
+
+import json
+from pathlib import Path
+
+from wads_dist.common.files import write_text
+from wads_dist.config.schema import Config
+from wads_dist.evaluation.evaluate import Evaluation, save_threshold
+from wads_dist.reporting.figures import save_examples, save_samples
+
+CURVES = "curves.json"
+
+
+def save_results(folder: Path, category: str, evaluation: Evaluation, config: Config) -> None:
+    """Writes all of it into the category's folder, replacing that of an earlier evaluation."""
+    save_samples(folder / "samples.png", category, evaluation)
+    save_examples(folder, category, evaluation, config.evaluation.score_window)
+    save_threshold(folder, evaluation.threshold, config.evaluation)
+    write_text(folder / CURVES, json.dumps(evaluation.curves))

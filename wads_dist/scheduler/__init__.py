@@ -1,0 +1,1 @@
+"""Categories over nodes and GPUs. It knows training only as a command line."""

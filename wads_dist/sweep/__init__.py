@@ -1,0 +1,1 @@
+"""Grids, seeds, ablations, Slurm arrays."""

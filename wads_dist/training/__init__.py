@@ -1,0 +1,1 @@
+"""One category, trained by one group of ranks."""
