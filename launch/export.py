@@ -10,7 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch.command import main
 from shards.arguments import Parser, local_path
-from wads_dist.deploy.export import DIFFERS, FILES, MAX_IMAGES, TOLERANCE, export_command
+from wads_dist.common.errors import ExitCode
+from wads_dist.deploy.export import FILES, MAX_IMAGES, TOLERANCE, export_command
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -19,8 +20,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "Each takes images float32 [N, 3, H, H] in [0, 1] (of a model with a frozen network as they are stored, [N, 3, S, S]) "
         "and gives reconstruction, probability map and image score.",
         epilog=f"Exit code 0: exported; 1: the files cannot be written; 2: bad arguments, no usable model, or packages that "
-        f"are missing; 3: no image in --images can be read; {DIFFERS}: an export differs from the checkpoint by more than "
-        f"--tolerance, and nothing is written; 130: interrupted.",
+        f"are missing; 3: no image in --images can be read; {ExitCode.EXPORT_DIFFERS:d}: an export differs from the "
+        "checkpoint by more than --tolerance, and nothing is written; 130: interrupted.",
     )
     add = parser.add_argument
     add("model", type=local_path, metavar="RUN/CATEGORY", help="folder of a category that has finished training")

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from shards import DataProblems, Dataset, build, build_textures, decode_image, decode_mask, verify
-from shards.build import CategoryPlan, Overwrite
-from shards.images import fitted_image, fitted_mask, load_image, mask_pixels
+from shards.build import CategoryPlan, Overwrite, build, build_textures
+from shards.errors import DataProblems
+from shards.images import decode_image, decode_mask, fitted_image, fitted_mask, load_image, mask_pixels
 from shards.manifest import VERSION
 from shards.masks import fit_mask
 from shards.samples import FileSample
+from shards.source import Dataset
+from shards.verify import verify
 from tests.shards.conftest import make_category, picture, save, square_mask
 
 CHECKOUT = Path(__file__).parents[2]
@@ -426,11 +428,14 @@ def test_command_line(root: Path, tmp_path: Path) -> None:
 
 def test_building_and_verifying_need_no_torch(root: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib, shards\n"
+        "import sys, pathlib\n"
+        "from shards.build import build\n"
+        "from shards.textures import procedural_textures\n"
+        "from shards.verify import verify\n"
         "root, out = map(pathlib.Path, sys.argv[1:])\n"
-        "shards.build(root, out, workers=1, progress=False)\n"
-        "assert shards.verify(out) == []\n"
-        "shards.procedural_textures(2, 16)\n"
+        "build(root, out, workers=1, progress=False)\n"
+        "assert verify(out) == []\n"
+        "procedural_textures(2, 16)\n"
         "assert 'torch' not in sys.modules and 'webdataset' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, root, tmp_path / "out"], cwd=CHECKOUT, check=True, timeout=60)

@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import DEMO_CATEGORIES, DataError, Dataset, decode_image, decode_mask, demo, procedural_textures, verify
-from shards.demo import AREA, VISIBLE, DemoSample
-from shards.demo_catalogue import CATALOGUE
-from shards.images import load_image, mask_pixels
+from shards.demo import AREA, VISIBLE, DemoSample, demo
+from shards.demo_catalogue import CATALOGUE, DEMO_CATEGORIES
+from shards.errors import DataError
+from shards.images import decode_image, decode_mask, load_image, mask_pixels
 from shards.masks import fit_mask
 from shards.samples import USUAL_SIZE
+from shards.source import Dataset
+from shards.textures import procedural_textures
+from shards.verify import verify
 
 TINY = {"size": 64, "train": 3, "good": 2, "per_defect": 1, "progress": False}
 

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 
 import shards.source
-from shards import DataError, Dataset, build, verify
 from shards.__main__ import main
 from shards.addresses import VARIABLE
-from shards.verify import open_category
+from shards.build import build
+from shards.errors import DataError
+from shards.source import Dataset
+from shards.verify import open_category, verify
 from tests.shards.conftest import make_category
 from tests.shards.host import Host, serving
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from shards import DataError, DataProblems, Dataset, build, build_textures
 from shards.__main__ import main
+from shards.build import build, build_textures
+from shards.errors import DataError, DataProblems
+from shards.source import Dataset
 from tests.shards.conftest import make_category, picture, save, square_mask
 
 

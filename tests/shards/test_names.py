@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from shards import DataError
+from shards.errors import DataError
 from shards.names import (
     RESERVED,
     category_problem,

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import shards.source
-from shards import DataError, Dataset, build
+from shards.build import build
+from shards.errors import DataError
 from shards.manifest import CategoryManifest, CategorySummary, SampleEntry, ShardEntry, dataset_fingerprint
+from shards.source import Dataset
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset's opener needs curl")
 

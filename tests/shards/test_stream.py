@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from shards import DataError, Dataset, build, verify
+from shards.build import build
+from shards.errors import DataError
 from shards.manifest import ShardEntry
+from shards.source import Dataset
+from shards.verify import verify
 
 Members = list[tuple[str, bytes]]
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image
 
-from shards import DataError, Dataset, ShardEntry, build, verify
 from shards.__main__ import main
-from shards.errors import DataProblems
+from shards.build import build
+from shards.errors import DataError, DataProblems
 from shards.files import sha256_file
-from shards.manifest import CategoryManifest, write_dataset_manifest
-from shards.verify import Findings, examine, open_category
+from shards.manifest import CategoryManifest, ShardEntry, write_dataset_manifest
+from shards.source import Dataset
+from shards.verify import Findings, examine, open_category, verify
 from tests.shards.conftest import make_category, picture, square_mask
 
 SHARD = "nut/test-000000.tar"

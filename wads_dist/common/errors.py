@@ -14,6 +14,7 @@ class ExitCode(IntEnum):
 
     OK = 0
     CRASHED = 1
+    NOT_DONE = 1  # of launch/status.py alone
     BAD_CONFIG = 2
     BAD_DATA = 3
     CATEGORY_FAILED = 4
@@ -21,6 +22,7 @@ class ExitCode(IntEnum):
     NOT_FINITE = 6
     PREEMPTED = 7
     RANK_LOST = 8
+    EXPORT_DIFFERS = 9
     INTERRUPTED = 130
 
 

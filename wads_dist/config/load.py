@@ -27,6 +27,7 @@ from shards.addresses import (
 )
 from shards.names import printable
 from wads_dist.common.errors import ConfigError
+from wads_dist.config.presets import PRESETS
 from wads_dist.config.schema import (
     RESOLVED,
     Config,
@@ -41,38 +42,9 @@ from wads_dist.config.schema import (
 BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse", "evaluation.mask_rule": "nearest"}
 """What a file without these settings means that the software itself has written (a run's, a checkpoint's, a model's): it is
 older than they are, and was trained and scored like this. A person's file gets the defaults."""
-
-
 RETIRED = {"evaluation.threshold": "; a threshold comes from normal images alone now: take the line out"}
 """Settings that such a file may still have and that mean nothing any more, and what a person is told who gives one."""
-
-
 ADDRESSES = ("data.shards", "data.textures")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "wads": {},
-    "wads_plus": {
-        "model.smoothing": 1.0,
-        "experts.error": 0.5,
-    },
-    "wads_features": {
-        "model.features": "efficientnet_lite0",
-        "model.smoothing": 1.0,
-        "experts.error": 1.0,
-    },
-    "paper_literal": {
-        "objective.focal.gamma": 0.1,
-        "objective.kl.form": "pixel",
-        "objective.kl.weight": 1.0,
-        "objective.kl.rho": 0.1,
-        "objective.latent.detach": False,
-        "objective.reconstruction.target": "input",
-        "trainer.learning_rate": 1e-4,
-        "trainer.samples": 14_000_000,  # 700 epochs of 20,000
-        "evaluation.holdout": 0.0,  # it trains on all normal images
-    },
-}
 
 
 def falls_back(preset: str, given: Mapping[str, Any]) -> bool:

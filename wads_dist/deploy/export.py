@@ -45,7 +45,6 @@ OUTPUTS = ("reconstruction", "probability", "score")
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 MODEL_JSON = "model.json"
 MAX_IMAGES = 64
-DIFFERS = 9
 """Exit code: an artefact does not agree with the checkpoint."""
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -248,4 +247,4 @@ def export_command(
         "rounding shows, and --tolerance can be raised; if it is much less, the export is wrong."
     )
     Console(stderr=True).print(text, style="red", soft_wrap=True)
-    return DIFFERS
+    return ExitCode.EXPORT_DIFFERS

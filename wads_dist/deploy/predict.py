@@ -37,7 +37,7 @@ from wads_dist.deploy.tiles import Floats, score_in_tiles
 from wads_dist.evaluation.metrics import image_score
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Wads
-from wads_dist.reporting.colours import _levels, heat_colours
+from wads_dist.reporting.colours import heat_colours, levels
 from wads_dist.runs.folder import THRESHOLD, WEIGHTS
 
 DESCRIPTION = "wads"  # key of the description in the metadata of an exported model
@@ -109,7 +109,7 @@ class Result:
 
     def overlay(self) -> Image.Image:
         """The image under its heat map, the more opaque the higher the probability, with the mask's outline."""
-        blended = Image.composite(self.heat_map, self.image, Image.fromarray(_levels(self.probability, 130)))
+        blended = Image.composite(self.heat_map, self.image, Image.fromarray(levels(self.probability, 130)))
         if (mask := self.mask) is not None:
             inner = binary_erosion(mask, iterations=max(1, max(mask.shape) // 200), border_value=1)
             blended.paste(OUTLINE, mask=Image.fromarray(mask & ~inner))

@@ -9,8 +9,9 @@ def heat_colours(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
     import matplotlib  # scores alone need none of it
 
     colours = matplotlib.colormaps["inferno"](np.arange(256), bytes=True)[:, :3]
-    return np.take(colours, _levels(probability, 255), axis=0)
+    return np.take(colours, levels(probability, 255), axis=0)
 
 
-def _levels(probability: NDArray[np.float32], top: int) -> NDArray[np.uint8]:
+def levels(probability: NDArray[np.float32], top: int) -> NDArray[np.uint8]:
+    """[0, 1] → 0 to ``top``."""
     return np.rint(probability * top).astype(np.uint8)

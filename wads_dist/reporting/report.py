@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from wads_dist.common.errors import ExitCode
 from wads_dist.common.files import write_text
 from wads_dist.reporting import paper
 from wads_dist.reporting.charts import Chart, Series
@@ -35,7 +36,7 @@ from wads_dist.reporting.report_data import (
     read_run,
 )
 from wads_dist.runs.folder import EXAMPLES, METRICS
-from wads_dist.runs.reader import NO_RUN, rank_times
+from wads_dist.runs.reader import rank_times
 
 REPORT, TEMPLATE = "report.html", "report.html.j2"
 NOT_WRITTEN = 1
@@ -408,7 +409,7 @@ def show_report(run: Path, out: Path | None, machine: bool) -> int:
             f"{run}: no run in this folder, which would hold config.toml and a folder for each category",
             file=sys.stderr,
         )
-        return NO_RUN
+        return ExitCode.BAD_DATA
     if machine:
         print(json.dumps(as_json(read_run(run)), indent=1))
     if not machine or out:

@@ -1,8 +1,4 @@
-"""What a run is doing, read from its folder alone: for ``launch/status.py``, and for the first rank while it trains.
-
-No process is asked, so a run on another node or cluster can be looked at wherever its folder is mounted. Nothing is decided
-by what is read either, because nodes' clocks may differ. Imports no torch, so that it starts at once.
-"""
+"""What a run is doing, for people: ``launch/status.py``, and what the first rank shows while it trains."""
 
 import json
 import threading
@@ -20,18 +16,13 @@ from rich.live import Live as RichLive
 from rich.table import Table
 from rich.text import Text
 
-from wads_dist.runs.reader import INTERRUPTED, NO_RUN, CategoryStatus, RunReader, RunStatus, rank_times, read_status
+from wads_dist.common.errors import ExitCode
+from wads_dist.runs.reader import CategoryStatus, RunReader, RunStatus, rank_times, read_status
 
 STYLES = dict(running="cyan", waiting="dim", failed="bold red", stopped="yellow", lost="magenta", done="green")
 REFRESH_SECONDS, QUIET_SECONDS = 1.0, 15.0
 # A rank is called slow on the terminal from here on; events.jsonl has every rank's score.
 SLOW = 1.5
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-# --- showing -----------------------------------------------------------------------------------------------------
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -202,7 +193,7 @@ def show_status(run: Path, watch: bool, machine: bool) -> int:
     if not (run / "config.toml").is_file():
         text = f"{run}: no run in this folder, which would hold config.toml, queue/ and a folder for each category"
         Console(stderr=True).print(text, style="red", highlight=False, markup=False, soft_wrap=True)
-        return NO_RUN
+        return ExitCode.BAD_DATA
     console, interrupted = Console(), False
     try:
         if watch:
@@ -215,4 +206,4 @@ def show_status(run: Path, watch: bool, machine: bool) -> int:
         print(json.dumps(as_json(status), indent=1))
     else:
         console.print(status_table(status))
-    return INTERRUPTED if interrupted else status.status_code
+    return ExitCode.INTERRUPTED if interrupted else status.status_code

@@ -1,4 +1,8 @@
-"""What a run is doing, read from its folder alone."""
+"""What a run is doing, read from its folder alone.
+
+No process is asked, so a run on another node or cluster can be looked at wherever its folder is mounted. Nothing is decided
+by what is read either, because nodes' clocks may differ. Imports no torch, so that it starts at once.
+"""
 
 import json
 import time
@@ -11,20 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shards.names import category_problem
+from wads_dist.common.errors import ExitCode
 from wads_dist.runs.events import Tail, json_objects
 from wads_dist.runs.folder import EVENTS, METRICS, QUEUE
 from wads_dist.runs.leases import Attempt, attempts_of
 
 State = Literal["running", "waiting", "failed", "stopped", "lost", "done"]
-
-
-# Exit codes of launch/status.py. Those of errors.ExitCode, whose import takes longer than all of this one's.
-DONE, NOT_DONE, NO_RUN, FAILED, INTERRUPTED = 0, 1, 3, 4, 130
-
-
-PREEMPTED = 7
-
-
 # By so much may clocks differ before a lease that is renewed looks lost.
 CLOCK_SECONDS = 60.0
 
@@ -94,8 +90,8 @@ class RunStatus:
     def status_code(self) -> int:
         """``launch/status.py``'s exit code."""
         if self.complete:
-            return DONE
-        return FAILED if self.counts["failed"] and not self.counts["running"] else NOT_DONE
+            return ExitCode.OK
+        return ExitCode.CATEGORY_FAILED if self.counts["failed"] and not self.counts["running"] else ExitCode.NOT_DONE
 
 
 @dataclass
@@ -197,7 +193,7 @@ class RunReader:
             times.append(attempt.path.stat().st_mtime if attempt.number else None)
         quiet = min((max(0.0, now - t) for t in times if t is not None), default=None)
         code = end.code if end else None if attempt.number else failed
-        state: State = "stopped" if code == PREEMPTED else "failed" if code else "waiting"
+        state: State = "stopped" if code == ExitCode.PREEMPTED else "failed" if code else "waiting"
         if metrics:
             state = "done"
         elif attempt.number and not end:

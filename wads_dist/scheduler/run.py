@@ -21,7 +21,7 @@ from wads_dist.common.errors import ExitCode, WadsError, exit_code
 from wads_dist.common.files import write_text
 from wads_dist.common.signals import StopRequest, stop_with_launcher, supervisor_signals
 from wads_dist.config.deepspeed import deepspeed_config, resolve_precision
-from wads_dist.config.load import PRESETS
+from wads_dist.config.presets import PRESETS
 from wads_dist.config.schema import Config, resolve_batches
 from wads_dist.data.locate import built_location, chosen_categories, locate_shards
 from wads_dist.reporting.report import write_report

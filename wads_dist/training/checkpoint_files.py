@@ -24,12 +24,12 @@ from rich.table import Table
 
 from shards.arguments import Parser, local_path
 from shards.names import file_problem, quoted
+from wads_dist.common.errors import ExitCode
 from wads_dist.common.files import FileEntry, hashed_file, sha256_of, sync_folder, write_text
 
 MANIFEST, PROGRESS, LATEST, QUARANTINE = "manifest.json", "progress.json", "latest", "quarantine"
 FORMAT = 1
 STEP = re.compile(r"step-\d{8,}")
-GOOD, USAGE, DAMAGED = 0, 2, 3
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = find(arguments.path)
     if not found:
         print(f"{arguments.path}: no checkpoint here (they are named step-00000000)", file=sys.stderr)
-        return USAGE
+        return ExitCode.BAD_CONFIG
     reports = [report(checkpoint, arguments.command == "verify") for checkpoint in found]
     if arguments.json:
         print(json.dumps(reports, indent=1))
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in reports:
             for problem in entry["problems"] or ():
                 print(f"{entry['path']}: {problem}", file=sys.stderr)
-    return DAMAGED if any(entry["problems"] for entry in reports) else GOOD
+    return ExitCode.BAD_DATA if any(entry["problems"] for entry in reports) else ExitCode.OK
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from wads_dist.common.errors import ConfigError
 from wads_dist.config.deepspeed import deepspeed_config, resolve_precision, with_monitors, without_monitors
-from wads_dist.config.load import PRESETS, config_difference, load_config, recorded_config
+from wads_dist.config.load import config_difference, load_config, recorded_config
+from wads_dist.config.presets import PRESETS
 from wads_dist.config.schema import Config, all_settings, resolve_batches
 
 REPOSITORY = Path(__file__).resolve().parents[3]

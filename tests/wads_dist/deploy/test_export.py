@@ -11,12 +11,11 @@ from PIL import Image
 from launch.command import main
 from launch.export import parse
 from tests.conftest import REPOSITORY, environment
-from wads_dist.common.errors import WadsError
+from wads_dist.common.errors import ExitCode, WadsError
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
 from wads_dist.deploy import export as exporting
 from wads_dist.deploy.export import (
-    DIFFERS,
     OUTPUTS,
     TOLERANCE,
     Deployed,
@@ -203,7 +202,7 @@ def test_an_export_that_differs_is_refused_and_not_published(
 
     monkeypatch.setattr(exporting, "export_torch", off)
     out = tmp_path / "out"
-    assert export_command(category, out, ["torch"], None, TOLERANCE, as_json=False) == DIFFERS
+    assert export_command(category, out, ["torch"], None, TOLERANCE, as_json=False) == ExitCode.EXPORT_DIFFERS
     assert "Refused" in capsys.readouterr().err and not list(out.iterdir())
     if wrong == wrong:
         assert export_command(category, out, ["torch"], None, 1e-2, as_json=False) == 0

@@ -17,10 +17,9 @@ from rich.console import Console
 
 from launch.status import main
 from tests.conftest import REPOSITORY, environment
-from wads_dist.common.errors import ExitCode
 from wads_dist.reporting import status as module
 from wads_dist.reporting.status import Live, news, status_table
-from wads_dist.runs import events, reader
+from wads_dist.runs import events
 from wads_dist.runs.events import Tail
 from wads_dist.runs.reader import CategoryStatus, RunReader, RunStatus, launches, rank_times, read_status
 
@@ -594,17 +593,6 @@ def one_failed_one_waits(run: Run) -> None:
 def test_exit_codes(run: Run, write: Callable[[Run], None], code: int) -> None:
     write(run)
     assert main([str(run.folder)]) == code
-
-
-def test_codes_are_those_of_every_command() -> None:
-    codes = (reader.DONE, reader.NO_RUN, reader.FAILED, reader.PREEMPTED, reader.INTERRUPTED)
-    assert codes == (
-        ExitCode.OK,
-        ExitCode.BAD_DATA,
-        ExitCode.CATEGORY_FAILED,
-        ExitCode.PREEMPTED,
-        ExitCode.INTERRUPTED,
-    )
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
