@@ -8,22 +8,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LAYERS = (
-    *(
-        "shards",
-        "kernels",
-        "common",
-        "config",
-        "runs",
-        "data",
-        "model",
-        "evaluation",
-        "reporting",
-        "deploy",
-        "training",
-    ),
-    *("scheduler", "profiling", "sweep", "launch"),
-)
-"""From the ground up; HOUSE of ``wads_dist``'s packages, between the folders that stand beside it."""
+    "shards kernels common config runs data model evaluation reporting deploy training scheduler profiling sweep launch"
+).split()
+"""From the ground up: ``wads_dist``'s packages between the folders that stand beside it."""
 
 
 def package(module: str) -> str:

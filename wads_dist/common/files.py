@@ -1,10 +1,11 @@
 """Files that are whole or absent, and their hashes."""
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of one JSON object; empty if it is not there or is something else."""
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def sync_folder(folder: Path) -> None:

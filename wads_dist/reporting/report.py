@@ -34,6 +34,7 @@ from wads_dist.reporting.report_data import (
     missing,
     number,
     read_run,
+    show,
 )
 from wads_dist.runs.folder import EXAMPLES, METRICS
 from wads_dist.runs.reader import rank_times
@@ -49,10 +50,6 @@ LOSSES = {
     "Objective and reconstruction": dict(total="total", dissimilarity="1 − SSIM", mse="MSE", latent="latent"),
     "Segmentation and adversary": dict(focal="focal", kl="sparsity KL", adversarial="adversarial", discriminator="D"),
 }
-
-
-def show(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 def duration(seconds: float | None) -> str:

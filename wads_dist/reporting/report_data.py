@@ -3,7 +3,6 @@
 A run that goes on, has failed or is of an earlier version lacks some of it; that is said and is no error. Imports no torch.
 """
 
-import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.addresses import public
+from wads_dist.common.files import read_object
 from wads_dist.reporting import paper
 from wads_dist.runs.events import History, read_history
 from wads_dist.runs.folder import EXAMPLES, EXAMPLES_FILE
@@ -53,12 +53,9 @@ def number(tree: Any, path: str) -> float | None:
     return value if usable else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of one JSON object; empty if it is not there or is something else."""
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_bytes())
-        return content if isinstance(content, dict) else {}
-    return {}
+def show(value: float | None, digits: int = 3) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -179,8 +176,8 @@ def read_run(run: Path) -> RunRecord:
     categories = []
     for state in status.categories:
         folder = run / state.name
-        curves, threshold = read_json(folder / "curves.json"), read_json(folder / "threshold.json")
-        examples, history = read_json(folder / EXAMPLES / EXAMPLES_FILE), read_history(folder / "events.jsonl")
+        curves, threshold = read_object(folder / "curves.json"), read_object(folder / "threshold.json")
+        examples, history = read_object(folder / EXAMPLES / EXAMPLES_FILE), read_history(folder / "events.jsonl")
         categories.append(Category(state, folder, curves, threshold, examples, history, attempts_of(run, state.name)))
     files = {}
     for name in FILES:

@@ -17,16 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 from wads_dist.common.errors import ExitCode
+from wads_dist.reporting.report_data import show
 from wads_dist.runs.reader import CategoryStatus, RunReader, RunStatus, rank_times, read_status
 
 STYLES = dict(running="cyan", waiting="dim", failed="bold red", stopped="yellow", lost="magenta", done="green")
 REFRESH_SECONDS, QUIET_SECONDS = 1.0, 15.0
 # A rank is called slow on the terminal from here on; events.jsonl has every rank's score.
 SLOW = 1.5
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _row(c: CategoryStatus) -> list[Text]:
@@ -42,7 +39,7 @@ def _row(c: CategoryStatus) -> list[Text]:
         c.samples is not None and c.total_samples and c.state != "done"
     ):  # early stopping may have left some of the budget
         samples = f"{100 * c.samples / c.total_samples:.0f} %"
-    scores = [_number(*pair) for pair in ((c.images_per_second, 1), (c.loss, 3), (c.pixel_auroc, 3))]
+    scores = [show(*pair) for pair in ((c.images_per_second, 1), (c.loss, 3), (c.pixel_auroc, 3))]
     node = Text(f"{c.group} {c.host}".strip(), no_wrap=True)
     return [Text(c.name), Text(state, STYLES[c.state]), *map(Text, [samples, *scores, f"{c.attempt or '–'}"]), node]
 
@@ -84,11 +81,13 @@ def progress_line(c: CategoryStatus) -> str:
     """A category's newest step, for a log file."""
     step, total = c.last_step, f"/{c.total_samples:,}" if c.total_samples else ""
     names = {"dissimilarity": "1-SSIM", "focal": "focal", "adversarial": "adv", "discriminator": "disc"}
-    losses = "  ".join(f"{text} {_number(step.get(name), 4)}" for name, text in names.items())
+    losses = "  ".join(f"{text} {show(step.get(name), 4)}" for name, text in names.items())
     slowness = step.get("slowness") or [0.0]
     worst = max(slowness)
     slow = f"  slowest: rank {slowness.index(worst)}, {worst:.1f} times" if worst > SLOW else ""
-    return f"{c.name}: {c.samples or 0:,}{total} samples  {_number(step.get('images_per_second'), 1)} img/s  {losses}{slow}"
+    return (
+        f"{c.name}: {c.samples or 0:,}{total} samples  {show(step.get('images_per_second'), 1)} img/s  {losses}{slow}"
+    )
 
 
 def news(before: CategoryStatus, now: CategoryStatus) -> Iterator[str]:
@@ -101,7 +100,7 @@ def news(before: CategoryStatus, now: CategoryStatus) -> Iterator[str]:
         yield f"{now.name}: failed with exit code {now.code}" + (f": {now.reason}" if now.reason else "")
     if now.state == "done" != before.state:
         health = {"pixel AUROC": now.pixel_auroc} | now.metrics.get("reconstruction", {})
-        yield f"{now.name}: done, " + ", ".join(f"{name} {_number(value, 3)}" for name, value in health.items())
+        yield f"{now.name}: done, " + ", ".join(f"{name} {show(value, 3)}" for name, value in health.items())
 
 
 class Live:

@@ -5,10 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from wads_dist.evaluation.trivial import DESCRIPTION
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+from wads_dist.reporting.report_data import show
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -26,8 +23,8 @@ def results_table(summary: dict[str, Any]) -> Table:
     for name, m in _rows(summary):
         trivial = m.get("trivial", {})
         scores = (m.get("pixel_auroc"), m.get("pixel_ap"), trivial.get("pixel_auroc"), trivial.get("pixel_ap"))
-        numbers = [_number(value) for value in (*scores, m.get("image_auroc"))]
-        table.add_row(name, *numbers, f"{m['samples']:,.0f}", _number(m["images_per_second"], 1))
+        numbers = [show(value) for value in (*scores, m.get("image_auroc"))]
+        table.add_row(name, *numbers, f"{m['samples']:,.0f}", show(m["images_per_second"], 1))
     return table
 
 
@@ -44,5 +41,5 @@ def reconstruction_table(summary: dict[str, Any]) -> Table:
     for name, m in _rows(summary):
         health = m.get("reconstruction", {})
         values = [health.get(key) for key in ("ssim", "mean_image_ssim", "follows_input", "code_spread")]
-        table.add_row(name, *(_number(value) for value in values))
+        table.add_row(name, *(show(value) for value in values))
     return table

@@ -4,7 +4,6 @@ No process is asked, so a run on another node or cluster can be looked at wherev
 by what is read either, because nodes' clocks may differ. Imports no torch, so that it starts at once.
 """
 
-import json
 import time
 import tomllib
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from shards.names import category_problem
 from wads_dist.common.errors import ExitCode
+from wads_dist.common.files import read_object
 from wads_dist.runs.events import Tail, json_objects
 from wads_dist.runs.folder import EVENTS, METRICS, QUEUE
 from wads_dist.runs.leases import Attempt, attempts_of
@@ -113,13 +113,6 @@ class RankTimes:
         return self.waited / total if total else 0.0
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A file of one JSON object; empty if it is not there."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads(path.read_bytes()))
-    return {}
-
-
 def launches(run: Path) -> dict[str, dict[str, Any]]:
     """Launch id → its ``launch`` event, oldest first."""
     found = []
@@ -161,7 +154,7 @@ class RunReader:
         if not self.config:
             with suppress(OSError, ValueError):
                 self.config = tomllib.loads((self.run / "config.toml").read_text())
-        summary, now = _read(self.run / "summary.json"), time.time()
+        summary, now = read_object(self.run / "summary.json"), time.time()
         lost_after = self.config.get("parallel", {}).get("lease_seconds", 60.0) + CLOCK_SECONDS
         names = self.categories or self._names(summary)
         found = [self._category(name, summary.get("failed", {}).get(name), now, lost_after) for name in names]
@@ -185,7 +178,7 @@ class RunReader:
             return replace(self.done[name][0], quiet=now - self.done[name][1])
         tail = self.tails.setdefault(name, Tail(self.run / name / EVENTS))
         tail.read()
-        metrics = _read(self.run / name / METRICS)
+        metrics = read_object(self.run / name / METRICS)
         attempt = next(reversed(attempts_of(self.run, name)), Attempt(0, Path(), None, None))
         claim, end = attempt.claim, attempt.end
         times = [tail.time, end.time if end else None]

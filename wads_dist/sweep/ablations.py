@@ -29,6 +29,7 @@ from wads_dist.evaluation.metrics import binary_metrics
 from wads_dist.model.networks import Scored, Wads
 from wads_dist.model.weights import load_model
 from wads_dist.reporting import paper
+from wads_dist.reporting.report_data import show
 from wads_dist.sweep.plan import Sweep, load
 from wads_dist.sweep.run import sweep
 from wads_dist.sweep.summary import SCORES, STOPPED, cell, spread, summarise
@@ -143,10 +144,10 @@ def paper_rows(categories: Sequence[str], score: str) -> Iterator[tuple[str, lis
         return
     means = [paper.mean(categories, TABLE_4[variant]) if variant in TABLE_4 else None for variant in COLUMNS]
     digits = 3 if len(categories) == 1 else 4
-    yield PAPER, ["–" if mean is None else f"{mean:.{digits}f}" for mean in means]
+    yield PAPER, [show(mean, digits) for mean in means]
     if set(categories) == set(paper.MVTEC):
         printed = [paper.ABLATION_MEANS[TABLE_4[variant]] if variant in TABLE_4 else None for variant in COLUMNS]
-        yield PRINTED, ["–" if mean is None else f"{mean:.3f}" for mean in printed]
+        yield PRINTED, [show(mean) for mean in printed]
 
 
 def table(scores: Scores, score: str) -> Table:
