@@ -299,13 +299,15 @@ def test_arguments_are_left_as_they_are() -> None:
 PROGRAM = """
 import warnings
 import torch
-from kernels import native
+from kernels import library
+from kernels.synthesis import SynthesisSettings
+from kernels.synthesis.cpp import synthesise
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     print(library.available(), library.available(), len(caught))
 try:
-    synthesis_cpp.synthesise(*[torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2, torch.arange(1), 0,
-                      __import__("kernels.synthesis").synthesis.SynthesisSettings(image_size=8), None, 1)
+    synthesise(*[torch.zeros(1, 3, 8, 8, dtype=torch.uint8)] * 2, torch.arange(1), 0,
+               SynthesisSettings(image_size=8), None, 1)
     print("made a sample")
 except library.NativeUnavailable as reason:
     print(reason)

@@ -447,7 +447,7 @@ sys.exit(max(rank.wait() for rank in ranks))
 """
 PARENT = """\
 import sys, time
-from wads_dist import sweep_launch
+from wads_dist.sweep import launch as sweep_launch
 sweep_launch.PROGRAM = sys.argv[2]
 sweep_launch.shutil.which = lambda *_, **__: sys.argv[1]
 launch = sweep_launch.TrainingLaunch([sys.argv[3]], 2, sweep_launch.Signals())
