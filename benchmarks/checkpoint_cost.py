@@ -26,7 +26,7 @@ DATA = checkpoint.DataHashes("0" * 64, {})
 
 def build(batch: int) -> Trainer:
     """A trainer of ``configs/mvtec.toml`` after one step, so that Adam has its moments; one rank."""
-    from wads_dist.training.worker import initialise
+    from wads_dist.training.loop import initialise
 
     unless_launched()
     options = f"--config configs/mvtec.toml --data.shards none --trainer.global_batch_size {batch}".split()

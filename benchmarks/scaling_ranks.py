@@ -44,8 +44,8 @@ from wads_dist.model.networks import Discriminator, Wads
 from wads_dist.profiling.scaling import Compute, Networks, checkpoint_bytes, sent_bytes, step_collectives
 from wads_dist.profiling.step import RandomImages
 from wads_dist.training import checkpoint
+from wads_dist.training.loop import initialise
 from wads_dist.training.trainer import Trainer
-from wads_dist.training.worker import initialise
 
 MESSAGES = (80, 16 << 20)
 """Bytes of a message that is all latency, and of one that is mostly bandwidth."""

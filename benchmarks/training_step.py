@@ -48,10 +48,10 @@ from wads_dist.runs.record import code_version
 from wads_dist.scheduler.rendezvous import unless_launched
 from wads_dist.training.checkpoint import zero_stage
 from wads_dist.training.graph import compile_networks
+from wads_dist.training.loop import initialise
 from wads_dist.training.losses import WithGradient, adversarial_loss, discriminator_loss, objective_weights
 from wads_dist.training.timing import synchronise
 from wads_dist.training.trainer import Trainer
-from wads_dist.training.worker import initialise
 
 
 class PlainLoop:

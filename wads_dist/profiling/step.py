@@ -33,9 +33,9 @@ from wads_dist.model.networks import AUTOCAST_DTYPE
 from wads_dist.profiling.timing import host_clock, measure_device
 from wads_dist.runs.record import code_version
 from wads_dist.training.checkpoint import zero_stage
+from wads_dist.training.loop import initialise
 from wads_dist.training.timing import now, seconds_between, synchronise
 from wads_dist.training.trainer import Trainer
-from wads_dist.training.worker import initialise
 
 IMAGES = 64
 WARM_UP = 5

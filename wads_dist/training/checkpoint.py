@@ -22,24 +22,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
 from wads_dist.common.errors import ResumeError
 from wads_dist.common.files import FileEntry, hashed_file, write_text
+from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import config_difference, recorded_config
+from wads_dist.config.schema import CheckpointConfig, Config
 from wads_dist.training import checkpoint_files as files
+from wads_dist.training import reshard
 from wads_dist.training.checkpoint_files import PROGRESS
 from wads_dist.training.engines import ENGINES, TAG, load_engines, load_rank
-
-if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the command at the end of this file does without
-    from wads_dist.common.ranks import Ranks
-    from wads_dist.config.schema import CheckpointConfig, Config
-    from wads_dist.training.trainer import Trainer
-
-__all__ = ["DataHashes", "Saved", "resume", "save", "write_text"]
+from wads_dist.training.trainer import Trainer
 
 STOPPING = "stopping.pt"
 # Weights as the module has them and as the optimiser has them, and Adam's two moments, all fp32.
@@ -147,7 +144,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def save(
-    trainer: "Trainer",
+    trainer: Trainer,
     folder: Path,
     data: DataHashes,
     loss: float | None = None,
@@ -207,7 +204,7 @@ def save(
     return _said(ranks.gather(saved)[0], ranks)
 
 
-def _remove_old(folder: Path, name: str, config: "CheckpointConfig") -> None:
+def _remove_old(folder: Path, name: str, config: CheckpointConfig) -> None:
     try:
         files.retain(folder, name, config.keep, config.keep_best)
     except OSError as error:
@@ -235,7 +232,7 @@ def _prepare(folder: Path, name: str, needed: int) -> Saved:
     return Saved()
 
 
-def _said(saved: Saved | None, ranks: "Ranks") -> Saved:
+def _said(saved: Saved | None, ranks: Ranks) -> Saved:
     assert saved is not None
     if saved.problem and ranks.is_first:
         _say(f"NO CHECKPOINT WRITTEN: {saved.problem}. Training goes on; the previous checkpoint is intact. Make room.")
@@ -246,7 +243,7 @@ def describe(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
 
 
-def size_estimate(trainer: "Trainer") -> int:
+def size_estimate(trainer: Trainer) -> int:
     """Bytes a checkpoint will take, generously."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for engine in trainer.both for p in engine.module.parameters())
     copies = bool(trainer.ema) + bool(trainer.config.stopping.every)
@@ -255,7 +252,7 @@ def size_estimate(trainer: "Trainer") -> int:
     return int(SAFETY * (parameters * BYTES_PER_PARAMETER + average * 4 + buffers)) + 2**20
 
 
-def rank_state(trainer: "Trainer") -> dict[str, Any]:
+def rank_state(trainer: Trainer) -> dict[str, Any]:
     """What only this rank has: DeepSpeed stores the first rank's buffers only, and no random state."""
     partitioned = trainer.gs.zero_optimization_stage() == 3
     # Below ZeRO-3 every rank has the whole average, and the same.
@@ -263,7 +260,7 @@ def rank_state(trainer: "Trainer") -> dict[str, Any]:
     return {"random": random_state(), "buffers": dict(trainer.gs.module.named_buffers()), "ema": average}
 
 
-def meta(trainer: "Trainer", data: DataHashes, loss: float | None) -> dict[str, Any]:
+def meta(trainer: Trainer, data: DataHashes, loss: float | None) -> dict[str, Any]:
     """The content of ``progress.json``."""
     return {
         "progress": trainer.progress.state_dict(),
@@ -281,7 +278,7 @@ def meta(trainer: "Trainer", data: DataHashes, loss: float | None) -> dict[str, 
 # --- resuming ----------------------------------------------------------------------------------------------------
 
 
-def check_objective(saved: str, config: "Config", checkpoint: Path) -> None:
+def check_objective(saved: str, config: Config, checkpoint: Path) -> None:
     """Raises ResumeError where a checkpoint of the configuration ``saved`` (TOML) was trained for something else than
     ``config`` asks for. ``record.check_run`` asks the run's folder first, but its record may be gone."""
     try:
@@ -296,7 +293,7 @@ def check_objective(saved: str, config: "Config", checkpoint: Path) -> None:
         )
 
 
-def resume(trainer: "Trainer", folder: Path, data: DataHashes, report: Report = lambda event, **values: None) -> bool:
+def resume(trainer: Trainer, folder: Path, data: DataHashes, report: Report = lambda event, **values: None) -> bool:
     """Restores the newest good checkpoint in ``folder`` into ``trainer``; False when there never was one. Collective.
 
     Nothing is unpickled before every hash was found right. A damaged checkpoint is moved to ``quarantine`` and the one
@@ -321,7 +318,7 @@ def zero_stage(checkpoint: Path | None, world_size: int) -> int | None:
 
 
 def restore(
-    trainer: "Trainer", checkpoint: Path, data: DataHashes, report: Report = lambda event, **values: None
+    trainer: Trainer, checkpoint: Path, data: DataHashes, report: Report = lambda event, **values: None
 ) -> None:
     """``trainer`` as it was at ``checkpoint``, which has been found right (``choose``). Collective.
 
@@ -338,13 +335,11 @@ def restore(
         )
     check_objective(saved["config"], trainer.config, checkpoint)
     if saved["world_size"] == trainer.ranks.world_size:
-        load_engines(trainer, checkpoint)
+        load_engines(trainer.both, checkpoint)
         state = load_rank(checkpoint, trainer.ranks.rank)
         if trainer.ema and state["ema"] is None:
             state["ema"] = load_rank(checkpoint, 0)["ema"]
     else:
-        from wads_dist.training import reshard
-
         if trainer.ranks.is_first:
             _say(f"{checkpoint}: from {saved['world_size']} to {trainer.ranks.world_size} ranks")
         report("reshard", step=saved["progress"]["step"], ranks=[saved["world_size"], trainer.ranks.world_size])
@@ -361,7 +356,7 @@ def restore(
         trainer.best = torch.load(checkpoint / STOPPING, map_location="cpu", weights_only=True)
 
 
-def choose(ranks: "Ranks", folder: Path, report: Report) -> Path | None:
+def choose(ranks: Ranks, folder: Path, report: Report) -> Path | None:
     """The newest good checkpoint, on which all ranks agree: each hashes its share of the files.
 
     Raises:

@@ -6,24 +6,23 @@ inside ``step()``, too late to agree.
 Parameters, gradients and optimiser state are therefore fp32 to DeepSpeed, at ZeRO 0 to 3 alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from wads_dist.common.errors import ResumeError
-
-if TYPE_CHECKING:  # DeepSpeed takes seconds to import, and the command at the end of this file does without
-    from wads_dist.training.trainer import Trainer
+from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from torch import Tensor, nn
+
+from wads_dist.common.errors import ResumeError
+
+ENGINES, TAG = ("generator-segmenter", "discriminator"), "state"
+"""Folders of the engines' state in a checkpoint, and DeepSpeed's name for what is in them."""
 
 
 @dataclass
@@ -162,15 +161,13 @@ def full_state(engine: DeepSpeedEngine, buffers: dict[str, Tensor]) -> dict[str,
     return state
 
 
-ENGINES = ("generator-segmenter", "discriminator")
+def load_engines(both: Sequence[DeepSpeedEngine], folder: Path) -> None:
+    """DeepSpeed's state of both engines from ``folder``.
 
-
-TAG = "state"
-
-
-def load_engines(trainer: "Trainer", folder: Path) -> None:
-    """DeepSpeed's state of both engines from ``folder``."""
-    for name, engine in zip(ENGINES, trainer.both, strict=True):
+    Raises:
+        ResumeError: DeepSpeed does not take it.
+    """
+    for name, engine in zip(ENGINES, both, strict=True):
         loaded, _ = engine.load_checkpoint(str(folder / name), tag=TAG)
         if loaded is None:
             raise ResumeError(f"{folder / name} could not be loaded by DeepSpeed {version('deepspeed')}")

@@ -29,7 +29,7 @@ from wads_dist.training.trainer import Trainer
 def load(trainer: Trainer, checkpoint: Path, saved_ranks: int) -> dict[str, Any]:
     """Both engines' state from a checkpoint of ``saved_ranks`` ranks; returns this rank's part of the rest. Collective."""
     if trainer.gs.zero_optimization_stage() == 0:
-        load_engines(trainer, checkpoint)
+        load_engines(trainer.both, checkpoint)
     else:
         universal = checkpoint.with_name(f".universal-{checkpoint.name}")
         try:
@@ -38,7 +38,7 @@ def load(trainer: Trainer, checkpoint: Path, saved_ranks: int) -> dict[str, Any]
             if failed:
                 raise ResumeError(f"{checkpoint} could not be converted for another number of ranks: {failed}")
             with loading_universal(trainer.both):
-                load_engines(trainer, universal)
+                load_engines(trainer.both, universal)
             trainer.ranks.barrier()
         finally:
             if trainer.ranks.is_first:

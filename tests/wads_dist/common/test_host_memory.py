@@ -20,7 +20,7 @@ import psutil
 import torch
 from wads_dist.config.load import load_config
 from wads_dist.common.host_memory import give_back_freed_memory
-from wads_dist.training.worker import initialise
+from wads_dist.training.loop import initialise
 
 def faults_of(blocks, size):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

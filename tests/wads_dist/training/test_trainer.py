@@ -18,11 +18,11 @@ from wads_dist.config.load import load_config
 from wads_dist.model.networks import Discriminator
 from wads_dist.training.checkpoint import zero_stage
 from wads_dist.training.engines import LossScale
+from wads_dist.training.loop import stage_note
 from wads_dist.training.losses import Losses, WithGradient, adversarial_loss, discriminator_loss, objective_weights
 from wads_dist.training.step_check import Report, Verdict, judge
 from wads_dist.training.trainer import Progress, Trainer
 from wads_dist.training.trainer import learning_rate as rate
-from wads_dist.training.worker import stage_note
 
 
 @pytest.mark.parametrize("form", ["bce_feature", "bce_output", "non_saturating", "feature_l2"])
