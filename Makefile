@@ -26,7 +26,7 @@ setup: .venv/.installed ## create .venv and install what pyproject.toml names
 	@touch $@
 
 demo: setup ## build the demo shards, train, evaluate and print the table
-	$(RUN) python -m shards demo --out .data/demo --categories 2
+	$(RUN) wads shards demo --out .data/demo --categories 2
 	@# Every GPU there is; without one, two CPU ranks.
 	@$(RUN); export PATH; \
 	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then ranks=; \

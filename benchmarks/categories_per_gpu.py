@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from shards.arguments import Parser, local_path
 from wads_dist.runs.reader import rank_times
+from wads_dist.shards.arguments import Parser, local_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CATEGORIES = 4

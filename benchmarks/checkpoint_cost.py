@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from shards.arguments import Parser, local_path
 from wads_dist.config.load import load_config
 from wads_dist.profiling.step import RandomImages
 from wads_dist.scheduler.rendezvous import unless_launched
+from wads_dist.shards.arguments import Parser, local_path
 from wads_dist.training import checkpoint, checkpoint_files
 from wads_dist.training.trainer import Trainer
 

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import library
-from kernels.synthesis import SynthesisSettings, synthesise
-from shards.arguments import Parser, local
-from shards.textures import procedural_textures
+from wads_dist.kernels import library
+from wads_dist.kernels.synthesis import SynthesisSettings, synthesise
 from wads_dist.profiling.peers import draem_sample
+from wads_dist.shards.arguments import Parser, local
+from wads_dist.shards.textures import procedural_textures
 
 SIZE, STORE, BATCH = 128, 256, 32
 Array = NDArray[np.generic]

@@ -2,9 +2,9 @@
 
 import torch
 
-from kernels.group_norm import group_norm_act
-from kernels.objective import ObjectiveWeights, objective
-from kernels.synthesis import SynthesisSettings, synthesise
+from wads_dist.kernels.group_norm import group_norm_act
+from wads_dist.kernels.objective import ObjectiveWeights, objective
+from wads_dist.kernels.synthesis import SynthesisSettings, synthesise
 
 
 def main() -> None:

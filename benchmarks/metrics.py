@@ -30,11 +30,11 @@ from torchmetrics.functional.classification import (
     binary_precision_recall_curve,
 )
 
-from shards.arguments import Parser, local_path
 from wads_dist.common.ranks import Ranks
 from wads_dist.evaluation.histogram import ScoreHistogram
 from wads_dist.evaluation.metrics import PRO_LIMIT, Truth, binary_metrics, map_metrics
 from wads_dist.evaluation.scoring import ExactScores
+from wads_dist.shards.arguments import Parser, local_path
 
 Maps = NDArray[np.float32]
 Masks = NDArray[np.bool_]

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from shards.arguments import Parser, local_path
 from wads_dist.profiling.peers import IMPLEMENTATIONS, Case
 from wads_dist.profiling.timing import host_clock, take_turns
+from wads_dist.shards.arguments import Parser, local_path
 
 PEER = "pytorch-msssim + torchvision"
 NAMES = ("native", "torch", PEER)

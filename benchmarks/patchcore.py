@@ -22,11 +22,6 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shards.addresses import address_problem, public, take_credentials
-from shards.arguments import Parser, local_path
-from shards.errors import DataError
-from shards.names import printable
-from shards.source import Dataset
 from wads_dist.common.errors import ModelWeightsError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config, DataConfig, EvaluationConfig, FeaturesConfig, ModelConfig
@@ -36,6 +31,11 @@ from wads_dist.evaluation.evaluate import pixel_report
 from wads_dist.evaluation.metrics import Truth, binary_metrics, image_score
 from wads_dist.evaluation.scoring import pixel_scores, rank_batches
 from wads_dist.model.features import IMAGENET, SOURCES, load_network
+from wads_dist.shards.addresses import address_problem, public, take_credentials
+from wads_dist.shards.arguments import Parser, local_path
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.names import printable
+from wads_dist.shards.source import Dataset
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 SCORES = ("pixel_auroc", "pixel_ap", "pixel_aupro", "image_auroc")

@@ -21,9 +21,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shards.arguments import Parser, local_path
-from shards.errors import DataError
-from shards.source import Dataset
 from wads_dist.common.errors import ConfigError, WadsError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
@@ -31,6 +28,9 @@ from wads_dist.evaluation.evaluate import MODEL, Part, score_report
 from wads_dist.evaluation.metrics import binary_metrics
 from wads_dist.model.networks import Scored, Wads
 from wads_dist.model.weights import load_model
+from wads_dist.shards.arguments import Parser, local_path
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
 
 SHOWN = {
     "as trained": lambda image, reconstruction: reconstruction,

@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 from scaling_ranks import World, cpu_seconds_of_others, fit_compute, fit_links, networks_of
 
-from shards.arguments import Parser, local_path
 from wads_dist.config.deepspeed import read_settings
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
 from wads_dist.profiling import scaling
 from wads_dist.profiling.scaling import Compute, Model, Network, Networks, Storage
 from wads_dist.scheduler.plan import form_groups
+from wads_dist.shards.arguments import Parser, local_path
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GPUS, CATEGORIES = [2**i for i in range(11)], 15

@@ -34,12 +34,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.command import main
 from wads_dist.common.processes import leave
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.deepspeed import read_settings
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config, resolve_batches
+from wads_dist.launch.command import run_command
 from wads_dist.model.networks import Discriminator, Wads
 from wads_dist.profiling.scaling import Compute, Networks, checkpoint_bytes, sent_bytes, step_collectives
 from wads_dist.profiling.step import RandomImages
@@ -281,4 +281,4 @@ def measure(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    leave(main(measure, sys.argv[1:] or ["--config", "configs/demo.toml"]))
+    leave(run_command(measure, sys.argv[1:] or ["--config", "configs/demo.toml"]))

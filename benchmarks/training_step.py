@@ -32,20 +32,20 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from kernels.objective import objective
-from kernels.synthesis import Batch
-from shards.arguments import Parser, local_path
 from wads_dist.common.errors import ConfigError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.deepspeed import resolve_precision
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
+from wads_dist.kernels.objective import objective
+from wads_dist.kernels.synthesis import Batch
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Discriminator, Wads
 from wads_dist.profiling.step import RandomImages, threads_of
 from wads_dist.profiling.timing import measure_device
 from wads_dist.runs.record import code_version
 from wads_dist.scheduler.rendezvous import unless_launched
+from wads_dist.shards.arguments import Parser, local_path
 from wads_dist.training.checkpoint import zero_stage
 from wads_dist.training.graph import compile_networks
 from wads_dist.training.loop import initialise

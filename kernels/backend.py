@@ -19,7 +19,7 @@ def resolve(backend: Backend, device: "torch.device") -> Literal["triton", "nati
     if backend == "auto":
         if device.type != "cpu":
             return "triton"
-        from kernels import library
+        from . import library
 
         return "native" if library.available() else "torch"
     if backend == "native" and device.type != "cpu":

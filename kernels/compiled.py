@@ -1,7 +1,8 @@
 """What the compiler makes of the Triton kernels, on a machine without a GPU.
 
-usage: ``python -m kernels.compiled [--json] [TARGET ...]``; without names all of ``TARGETS``. Every kernel is compiled ahead of
-time for each target, and the binary is read: registers per thread, spills, shared memory, and the mix of its instructions.
+usage: ``python -m wads_dist.kernels.compiled [--json] [TARGET ...]``; all of ``TARGETS`` without names. Every kernel is
+compiled ahead of time for each target, and the binary is read: registers per thread, spills, shared memory, and the mix of
+its instructions.
 Needs Triton uninterpreted: a process without TRITON_INTERPRET.
 """
 
@@ -20,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("kernels.objective.triton", "kernels.synthesis.triton", "kernels.group_norm.triton")
+MODULES = (".objective.triton", ".synthesis.triton", ".group_norm.triton")
 # Each target, and the shared memory that one block may have there.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -100,7 +101,7 @@ def compile_spec(spec: KernelSpec, target: str) -> CompiledKernel:
 def compile_report(targets: Iterable[str] = TARGETS) -> Iterator[CompiledKernel]:
     """Every kernel of this folder for each of ``targets`` (keys of ``TARGETS``), as they are compiled."""
     for name in MODULES:
-        for spec in import_module(name).compile_specs():
+        for spec in import_module(name, __package__).compile_specs():
             for target in targets:
                 if spec.lanes in (None, TARGETS[target][0].warp_size):
                     yield compile_spec(spec, target)

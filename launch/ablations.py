@@ -1,15 +1,12 @@
 """Train and tabulate the ablations of the paper's Table 4: ``python launch/ablations.py --out DIR [--seeds N] [--slurm]
 [--config FILE] [--SECTION.FIELD VALUE ...]``."""
 
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.command import main
-from launch.sweep import parse
 from wads_dist.common.processes import leave
 from wads_dist.config.schema import Config
+from wads_dist.launch.command import run_command
+from wads_dist.launch.sweep import parse
 
 DESCRIPTION = (
     "Trains the method (wads), the same without SSIM in the reconstruction loss (noSSIM), without the sparsity KL (noKL) and "
@@ -19,12 +16,16 @@ DESCRIPTION = (
 )
 
 
-def run(_: Config) -> int:
-    from wads_dist.sweep.ablations import ablations
+def main(argv: Sequence[str] | None = None) -> int:
+    given, settings = parse(argv, description=DESCRIPTION, grid=False)
 
-    return ablations(given, settings)
+    def run(_: Config) -> int:
+        from wads_dist.sweep.ablations import ablations  # imports DeepSpeed; a misspelled option is told before
+
+        return ablations(given, settings)
+
+    return run_command(run, [])
 
 
 if __name__ == "__main__":
-    given, settings = parse(description=DESCRIPTION, grid=False)
-    leave(main(run, []))
+    leave(main())

@@ -1,9 +1,9 @@
 """What every command under ``launch/`` does around its one function: read the settings, and turn errors into exit codes."""
 
 import contextlib
-import importlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,26 +11,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shards.addresses import public
-from shards.names import printable
 from wads_dist.common.errors import EXPLAINED, ConfigError, RankLostError, exit_code
-from wads_dist.common.files import REPOSITORY
+from wads_dist.common.files import PACKAGE
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
+from wads_dist.shards.addresses import public
+from wads_dist.shards.names import printable
 
 SAY_SECONDS = 10.0
 
 
-def check_checkout() -> None:
-    """Raises ImportError if another installed package hides one of this checkout's (they are imported as they stand)."""
-    for name in ("kernels", "shards"):
-        module = importlib.import_module(name)
-        found = Path(str(module.__file__)).resolve().parent
-        if found != REPOSITORY / name:
-            raise ImportError(
-                f"the package {name!r} was imported from {found}, not from this checkout ({REPOSITORY / name}): another "
-                f"installed package has its name. Uninstall it, or take it off PYTHONPATH."
-            )
+def check_program(program: Path) -> None:
+    """Raises ConfigError if ``program`` is of another checkout than what was imported."""
+    beside = program.resolve().parent
+    if (beside / Path(__file__).name).is_file() and beside != Path(__file__).resolve().parent:
+        raise ConfigError([f"{program} belongs to another copy of WADS-dist than {PACKAGE}, which this Python imports; install "
+            f"its own (pip install -e {beside.parent}), or start {PACKAGE / 'launch' / program.name}"])  # fmt: skip
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -44,7 +40,7 @@ def _let_the_first_rank_say_it() -> None:
         time.sleep(SAY_SECONDS)
 
 
-def main(action: Callable[[Config], int], argv: Sequence[str] | None = None, *, resumes: bool = True) -> int:
+def run_command(action: Callable[[Config], int], argv: Sequence[str] | None = None, *, resumes: bool = True) -> int:
     """Reads the configuration, calls ``action``, and returns the exit code (README lists them).
 
     Args:
@@ -54,7 +50,7 @@ def main(action: Callable[[Config], int], argv: Sequence[str] | None = None, *, 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's way of saying Ctrl-C: children are ended, not left
     try:
-        check_checkout()
+        check_program(Path(sys.argv[0]))
         return action(load_config(argv))
     except EXPLAINED as error:
         if first or isinstance(error, RankLostError):  # the first rank may be the one that is gone

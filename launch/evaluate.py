@@ -4,10 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.command import main
 from wads_dist.config.schema import Config
+from wads_dist.launch.command import run_command
 
 
 def evaluate(config: Config) -> int:
@@ -23,5 +21,9 @@ def arguments(argv: Sequence[str]) -> list[str]:
     return list(argv)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(evaluate, arguments(sys.argv[1:] if argv is None else argv), resumes=False)
+
+
 if __name__ == "__main__":
-    sys.exit(main(evaluate, arguments(sys.argv[1:]), resumes=False))
+    sys.exit(main())

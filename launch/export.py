@@ -4,14 +4,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.command import main
-from shards.arguments import Parser, local_path
 from wads_dist.common.errors import ExitCode
-from wads_dist.deploy.export import FILES, MAX_IMAGES, TOLERANCE, export_command
+from wads_dist.config.schema import Config
+from wads_dist.deploy.defaults import FILES, MAX_IMAGES, TOLERANCE
+from wads_dist.launch.command import run_command
+from wads_dist.shards.arguments import Parser, local_path
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,7 +28,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--format",
         choices=(*FILES, "both"),
         default="both",
-        help="default: both; onnx needs `pip install '.[export]'`; the other's file of an earlier export is removed",
+        help="default: both; onnx needs `pip install onnx onnxscript onnxruntime`; the other's file of an earlier export is "
+        "removed",
     )
     add(
         "--images",
@@ -52,13 +51,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse(argv)
+
+    def export(_: Config) -> int:
+        from wads_dist.deploy.export import export_command  # imports torch; a misspelled option is told before
+
+        formats = list(FILES) if given.format == "both" else [given.format]
+        return export_command(given.model, given.out, formats, given.images, given.tolerance, given.json)
+
+    return run_command(export, [], resumes=False)
+
+
 if __name__ == "__main__":
-    given = parse()
-    formats = list(FILES) if given.format == "both" else [given.format]
-    sys.exit(
-        main(
-            lambda _: export_command(given.model, given.out, formats, given.images, given.tolerance, given.json),
-            [],
-            resumes=False,
-        )
-    )
+    sys.exit(main())

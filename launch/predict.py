@@ -2,20 +2,11 @@
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
-from PIL import Image
-from rich.console import Console
-
-from launch.command import main
-from shards.arguments import Parser, local, local_path
-from wads_dist.deploy.predict import OVERLAP, load
-from wads_dist.deploy.predict_files import predict_command
+from wads_dist.deploy.defaults import OVERLAP
+from wads_dist.launch.command import run_command
+from wads_dist.shards.arguments import Parser, local, local_path
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,9 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "fit into memory")  # fmt: skip
     add("--max-pixels", type=int, metavar="N", help="skip images of more pixels, before they are decoded (default: Pillow's "
         "limit, 178 million)")  # fmt: skip
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    devices = ["cpu", gpu.type] if gpu else ["cpu"]
-    add("--device", choices=devices, default=devices[-1], help="default: %(default)s")
+    add("--device", metavar="NAME", help="cpu, cuda, ... (default: the accelerator that torch finds, or else cpu)")
     add("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(argv)
     for name in ("threshold", "pixel_threshold"):
@@ -77,6 +66,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def predict(given: argparse.Namespace) -> int:
+    # These import torch; a misspelled option is told before.
+    import warnings
+
+    from PIL import Image
+    from rich.console import Console
+
+    from wads_dist.deploy.predict import load
+    from wads_dist.deploy.predict_files import predict_command
+
     batch_size = None if given.batch_size == "auto" else int(given.batch_size)
     detector = load(given.model, given.threshold, given.pixel_threshold, batch_size, given.device)
     tile = given.tile_size or (detector.description.image_size if given.tile else None)
@@ -92,6 +90,10 @@ def predict(given: argparse.Namespace) -> int:
     return predict_command(detector, given.input, given.out, tile, given.overlap, given.json)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    given = parse(argv)
+    return run_command(lambda _: predict(given), [], resumes=False)
+
+
 if __name__ == "__main__":
-    given = parse()
-    sys.exit(main(lambda _: predict(given), [], resumes=False))
+    sys.exit(main())

@@ -2,16 +2,13 @@
 [--SECTION.FIELD VALUE ...]``."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.command import main
-from shards.arguments import Parser, local, local_path
 from wads_dist.common.processes import leave
 from wads_dist.config.schema import Config
+from wads_dist.launch.command import run_command
+from wads_dist.shards.arguments import Parser, local, local_path
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -39,8 +36,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     return given, settings
 
 
-if __name__ == "__main__":
-    given, settings = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    given, settings = parse(argv)
 
     def run(config: Config) -> int:
         from wads_dist.profiling.step import profile_step
@@ -49,4 +46,8 @@ if __name__ == "__main__":
         unless_launched()
         return profile_step(config, given.steps, given.json, given.trace)
 
-    leave(main(run, settings))
+    return run_command(run, settings)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -2,12 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from shards.arguments import Parser, local_path
 from wads_dist.reporting.report import show_report
+from wads_dist.shards.arguments import Parser, local_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.command import main
-from shards.arguments import Parser, local_path
 from wads_dist.config.schema import Config
+from wads_dist.launch.command import run_command
+from wads_dist.shards.arguments import Parser, local_path
 
 MOST = 400  # a taller picture is more than matplotlib draws
 
@@ -36,14 +34,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     return given, settings
 
 
-if __name__ == "__main__":
-    given, settings = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    given, settings = parse(argv)
 
     def show(config: Config) -> int:
-        from wads_dist.reporting.sample_sheet import (
-            show_samples,  # imports DeepSpeed; a misspelled setting is told before
-        )
+        from wads_dist.reporting import sample_sheet  # imports DeepSpeed; a misspelled setting is told before
 
-        return show_samples(config, given.samples, given.out)
+        return sample_sheet.show_samples(config, given.samples, given.out)
 
-    sys.exit(main(show, settings, resumes=False))
+    return run_command(show, settings, resumes=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,16 +2,12 @@
 [--variants FILE] [--seeds N] [--slurm] [--config FILE] [--SECTION.FIELD VALUE ...]``."""
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.command import main
-from shards.arguments import Parser, local_path
 from wads_dist.common.processes import leave
-from wads_dist.sweep.run import sweep
+from wads_dist.config.schema import Config
+from wads_dist.launch.command import run_command
+from wads_dist.shards.arguments import Parser, local_path
 
 DESCRIPTION = (
     "Trains every run of a grid and its seeds, each over all of its categories: here, one run after the other, or as a Slurm "
@@ -74,7 +70,17 @@ def parse(
     return given, rest
 
 
-if __name__ == "__main__":
-    given, settings = parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    given, settings = parse(argv)
+
+    def run(_: Config) -> int:
+        from wads_dist.sweep.run import sweep  # imports DeepSpeed; a misspelled option is told before
+
+        return sweep(given, settings)
+
     # Without settings of its own: those of a sweep are read with the grid's, so that all problems are said at once.
-    leave(main(lambda _: sweep(given, settings), []))
+    return run_command(run, [])
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -4,24 +4,28 @@
 """
 
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.command import main
 from wads_dist.common.processes import leave
 from wads_dist.config.load import HOW_TO_START
 from wads_dist.config.schema import Config
+from wads_dist.launch.command import run_command
 
 DRY_RUN = "--dry-run"
 
 
-def train(config: Config) -> int:
+def train(config: Config, dry_run: bool = False) -> int:
     config.require_data(HOW_TO_START)
     from wads_dist.scheduler.run import plan_run, train_run  # imports DeepSpeed; a misspelled setting is told before
 
-    return plan_run(config) if DRY_RUN in sys.argv else train_run(config)
+    return plan_run(config) if dry_run else train_run(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if argv is None else argv
+    settings = [argument for argument in given if argument != DRY_RUN]
+    return run_command(lambda config: train(config, len(settings) < len(given)), settings)
 
 
 if __name__ == "__main__":
-    leave(main(train, [argument for argument in sys.argv[1:] if argument != DRY_RUN]))
+    leave(main())

@@ -1,4 +1,4 @@
-"""`python -m shards build|demo|verify|describe`.
+"""`wads shards build|demo|verify|describe`; also `python -m shards` in a checkout.
 
 Exit codes: 0 all well, 2 wrong usage, 3 problems with the data (listed on stderr), 130 interrupted by Ctrl-C.
 """
@@ -8,16 +8,16 @@ import json
 import sys
 from collections.abc import Sequence
 
-from shards.addresses import looks_like_address, public, without_addresses
-from shards.arguments import Parser, local_path
-from shards.build import build, build_textures
-from shards.demo import demo
-from shards.demo_catalogue import DEMO_CATEGORIES
-from shards.errors import DataError, DataProblems
-from shards.manifest import DatasetManifest
-from shards.names import printable
-from shards.source import Dataset
-from shards.verify import examine
+from .addresses import looks_like_address, public, without_addresses
+from .arguments import Parser, local_path
+from .build import build, build_textures
+from .demo import demo
+from .demo_catalogue import DEMO_CATEGORIES
+from .errors import DataError, DataProblems
+from .manifest import DatasetManifest
+from .names import printable
+from .source import Dataset
+from .verify import examine
 
 PROBLEMS = 3
 INTERRUPTED = 130
@@ -29,7 +29,7 @@ def _shown(text: object) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m shards", description="Build and check WebDataset shards.")
+    parser = Parser(description="Build and check WebDataset shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="build shards from image folders, or a texture bank")

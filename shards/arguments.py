@@ -5,8 +5,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from shards.addresses import looks_like_address, public, without_addresses
-from shards.names import printable
+from .addresses import looks_like_address, public, without_addresses
+from .names import printable
 
 
 class Parser(argparse.ArgumentParser):

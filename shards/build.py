@@ -28,10 +28,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from shards.errors import DataError, DataProblems
-from shards.files import locked, sha256_file, write_atomically
-from shards.layout import category_name_problem, find_categories, scan_category, scan_textures
-from shards.manifest import (
+from .errors import DataError, DataProblems
+from .files import locked, sha256_file, write_atomically
+from .layout import category_name_problem, find_categories, scan_category, scan_textures
+from .manifest import (
     MANIFEST,
     VERSION,
     CategoryManifest,
@@ -43,8 +43,8 @@ from shards.manifest import (
     parse_manifest,
     write_dataset_manifest,
 )
-from shards.names import within
-from shards.samples import USUAL_SIZE, EncodedSample, SampleSource, sidecar
+from .names import within
+from .samples import USUAL_SIZE, EncodedSample, SampleSource, sidecar
 
 Overwrite = bool | Literal["outdated"]
 

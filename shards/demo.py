@@ -15,14 +15,14 @@ import numpy as np
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
-from shards.build import CategoryPlan, build_plans
-from shards.demo_catalogue import CATALOGUE, DEMO_CATEGORIES
-from shards.demo_scene import Flaw, ObjectCategory, Scene, render_object, render_texture
-from shards.errors import DataError
-from shards.images import encode_png
-from shards.manifest import DatasetManifest, Split
-from shards.masks import fit_mask
-from shards.samples import USUAL_SIZE, EncodedSample
+from .build import CategoryPlan, build_plans
+from .demo_catalogue import CATALOGUE, DEMO_CATEGORIES
+from .demo_scene import Flaw, ObjectCategory, Scene, render_object, render_texture
+from .errors import DataError
+from .images import encode_png
+from .manifest import DatasetManifest, Split
+from .masks import fit_mask
+from .samples import USUAL_SIZE, EncodedSample
 
 DEMO_VERSION = 1  # part of every sample's identity: raise it when the pictures change
 SUPERSAMPLING = 2

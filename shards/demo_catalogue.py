@@ -8,7 +8,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from shards.demo_scene import Colour, Defect, Float, ObjectCategory, Odd, Part, Points, TextureCategory, as_rgb, mix
+from .demo_scene import Colour, Defect, Float, ObjectCategory, Odd, Part, Points, TextureCategory, as_rgb, mix
 
 # ---- shapes, in an object's frame ---------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-from shards.errors import DataError
-from shards.masks import MaskRule, ResizedMask, fit_mask
+from .errors import DataError
+from .masks import MaskRule, ResizedMask, fit_mask
 
 _TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
 _SMALL = "components that cover no pixel by half"  # of a stored mask that was made smaller: how many there were

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from shards.errors import DataError
-from shards.manifest import Split
-from shards.names import category_problem, defect_problem, is_utf8, key_problem, printable, quoted
-from shards.samples import FileSample
+from .errors import DataError
+from .manifest import Split
+from .names import category_problem, defect_problem, is_utf8, key_problem, printable, quoted
+from .samples import FileSample
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})
 PLAIN_TEST_STRIDE = 5

@@ -12,9 +12,9 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from shards.errors import DataError
-from shards.files import locked, write_atomically
-from shards.names import category_problem, defect_problem, key_problem, member_problem, printable, quoted, shard_problem
+from .errors import DataError
+from .files import locked, write_atomically
+from .names import category_problem, defect_problem, key_problem, member_problem, printable, quoted, shard_problem
 
 MANIFEST = "manifest.json"
 VERSION = 1

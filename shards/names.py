@@ -8,7 +8,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from shards.errors import DataError
+from .errors import DataError
 
 # What a category's folder lies beside, in a run's folder and in one of shards; "all" is --data.categories' word for every one.
 RESERVED = frozenset(

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from shards.errors import DataError, DataProblems
-from shards.images import (
+from .errors import DataError, DataProblems
+from .images import (
     encode_mask,
     encode_png,
     load_image,
@@ -18,8 +18,8 @@ from shards.images import (
     turned_alone,
     will_be_turned,
 )
-from shards.manifest import Split
-from shards.masks import ResizedMask, fit_mask
+from .manifest import Split
+from .masks import ResizedMask, fit_mask
 
 _KEPT = {"JPEG": "jpg", "PNG": "png"}
 _SIDECAR_BYTES = 256

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
-from shards.addresses import VARIABLE, address_problem, is_remote, public, take_credentials, with_credentials
-from shards.errors import DataError
-from shards.files import CHUNK, locked, sha256_file
-from shards.manifest import (
+from .addresses import VARIABLE, address_problem, is_remote, public, take_credentials, with_credentials
+from .errors import DataError
+from .files import CHUNK, locked, sha256_file
+from .manifest import (
     MANIFEST,
     CategoryManifest,
     CategorySummary,
@@ -34,8 +34,8 @@ from shards.manifest import (
     ShardEntry,
     parse_manifest,
 )
-from shards.names import printable, quoted, within
-from shards.tars import differences, members
+from .names import printable, quoted, within
+from .tars import differences, members
 
 BACKOFF_SECONDS = 0.5
 STALL_SECONDS = 60.0
@@ -87,7 +87,7 @@ class Dataset:
         except FileNotFoundError as error:
             raise DataError(
                 f"{text}: no {MANIFEST} there, so no built data set; build one with "
-                f"`python -m shards build --root IMAGES --out {text}`"
+                f"`wads shards build --root IMAGES --out {text}`"
             ) from error
         except OSError as error:
             raise DataError(f"{where}: cannot be read ({error.strerror or error})") from error

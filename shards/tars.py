@@ -5,8 +5,8 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards.manifest import Member, SampleEntry, ShardEntry
-from shards.names import KEY_BYTES, quoted
+from .manifest import Member, SampleEntry, ShardEntry
+from .names import KEY_BYTES, quoted
 
 
 class _Headers(io.FileIO):

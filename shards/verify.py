@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from shards.errors import DataError, DataProblems
-from shards.images import load_image, mask_pixels, size_difference, stored_size, turned_alone
-from shards.manifest import CategoryManifest, Member, SampleEntry, ShardEntry
-from shards.source import Dataset
-from shards.tars import differences, members
+from .errors import DataError, DataProblems
+from .images import load_image, mask_pixels, size_difference, stored_size, turned_alone
+from .manifest import CategoryManifest, Member, SampleEntry, ShardEntry
+from .source import Dataset
+from .tars import differences, members
 
 
 @dataclass(frozen=True)

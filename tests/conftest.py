@@ -87,7 +87,7 @@ def module_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two small demo categories: 8 training images, 3 good and 4 defective test images each, 64 pixels."""
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     out = tmp_path_factory.mktemp("demo") / "shards"
     demo(out, categories=2, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)

@@ -1,5 +1,5 @@
 """GroupNorm and the activation behind it, in one pass over channels_last images."""
 
-from kernels.group_norm.op import group_norm_act
+from .op import group_norm_act
 
 __all__ = ["group_norm_act"]

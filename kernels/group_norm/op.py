@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Backend
+from ..backend import Backend
 
 
 def group_norm_act(
@@ -60,7 +60,7 @@ class _GroupNormAct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, slope: float | None
     ) -> Tensor:
-        from kernels.group_norm import triton
+        from . import triton
 
         x = x.contiguous(memory_format=torch.channels_last)
         y, statistics = triton.forward(x, weight, bias, groups, eps, slope)
@@ -71,7 +71,7 @@ class _GroupNormAct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from kernels.group_norm import triton
+        from . import triton
 
         x, weight, bias, statistics = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)

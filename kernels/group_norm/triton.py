@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compiled import KernelSpec
+from ..compiled import KernelSpec
 
 TILE = 4096
 """Elements that a program holds at a time."""

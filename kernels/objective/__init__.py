@@ -1,7 +1,7 @@
 """(X, X̂, logits, mask) → SSIM + L2 + focal + sparsity KL (Eqs 3.3, 3.6, 3.7), and their gradient."""
 
-from kernels.objective.op import objective
-from kernels.objective.reference import (
+from .op import objective
+from .reference import (
     SIGMA,
     WINDOW,
     KLDirection,

@@ -6,8 +6,8 @@ from ctypes import c_double, c_int64
 import torch
 from torch import Tensor
 
-from kernels.library import FLOATS, load, require_cpu
-from kernels.objective.reference import ObjectiveWeights, dense_format
+from ..library import FLOATS, load, require_cpu
+from .reference import ObjectiveWeights, dense_format
 
 
 class _ObjectiveSettings(ctypes.Structure):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, resolve
-from kernels.objective.reference import (
+from ..backend import Backend, resolve
+from .reference import (
     DEFAULT,
     KLDirection,
     KLForm,
@@ -107,10 +107,10 @@ def _forward(
     (native) or two numbers per image from which it is made again (triton)."""
     w = _unflat(weights, pixel_kl, reverse_kl)
     if implementation == "triton":
-        from kernels.objective import triton
+        from . import triton
 
         return triton.forward(x, reconstruction, logits, mask, w, gradients)
-    from kernels.objective import cpp
+    from . import cpp
 
     per_image, d_reconstruction, d_logits = cpp.objective(x, reconstruction, logits, mask, w, gradients)
     means = per_image.mean(1)
@@ -130,7 +130,7 @@ def _backward(
     logits, mask: None for ``native``, which has saved their gradient.
     """
     if logits is not None and mask is not None:
-        from kernels.objective import triton
+        from . import triton
 
         w = _unflat(weights, pixel_kl, reverse_kl)
         return triton.backward(upstream, d_reconstruction, saved, logits, mask, w, dtype)

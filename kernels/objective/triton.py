@@ -43,8 +43,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compiled import WARP_SIZE, KernelSpec
-from kernels.objective.reference import C1, C2, SIGMA, WINDOW, ObjectiveWeights, computed_in
+from ..compiled import WARP_SIZE, KernelSpec
+from .reference import C1, C2, SIGMA, WINDOW, ObjectiveWeights, computed_in
 
 _GAUSS = [math.exp(-((t - WINDOW // 2) ** 2) / (2 * SIGMA**2)) for t in range(WINDOW)]
 TAPS = tl.constexpr(tuple(g / math.fsum(_GAUSS) for g in _GAUSS))

@@ -1,6 +1,6 @@
 """Resident uint8 images and global sample indices → clean image, anomalous image, mask (Eq 3.1)."""
 
-from kernels.synthesis.op import synthesise
-from kernels.synthesis.reference import Batch, Draws, SynthesisSettings, draw, whole_images
+from .op import synthesise
+from .reference import Batch, Draws, SynthesisSettings, draw, whole_images
 
 __all__ = ["Batch", "Draws", "SynthesisSettings", "draw", "synthesise", "whole_images"]

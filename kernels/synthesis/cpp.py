@@ -6,8 +6,8 @@ from ctypes import c_double, c_int64
 import torch
 from torch import Tensor
 
-from kernels.library import FLOATS, load, require_cpu
-from kernels.synthesis.reference import Batch, SynthesisSettings
+from ..library import FLOATS, load, require_cpu
+from .reference import Batch, SynthesisSettings
 
 
 class _SynthesisSettings(ctypes.Structure):

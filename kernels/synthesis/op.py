@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.backend import Backend, resolve
-from kernels.synthesis.reference import Batch, SynthesisSettings, empty_outputs, reference
+from ..backend import Backend, resolve
+from .reference import Batch, SynthesisSettings, empty_outputs, reference
 
 
 def synthesise(
@@ -98,10 +98,10 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Clean and anomalous images of type ``dtype``, and masks."""
     if implementation == "triton":
-        from kernels.synthesis import triton
+        from . import triton
 
         return triton.synthesise(images, textures, sample, seed, settings, image_index, image_count, dtype)
-    from kernels.synthesis import cpp
+    from . import cpp
 
     number = int(seed) & 0xFFFFFFFFFFFFFFFF
     return _stored(cpp.synthesise(images, textures, sample, number, settings, image_index, image_count), dtype)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.philox import Purpose, philox, shuffled, uniform
+from ..philox import Purpose, philox, shuffled, uniform
 
 # Lattice points are numbered from this corner, so that a point's gradient depends on its position only and the rotated
 # window (which reaches 0.21 of its side beyond the square) never meets a negative number. Both are multiples of 4 because

@@ -37,9 +37,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.compiled import KernelSpec
-from kernels.philox import Purpose
-from kernels.synthesis.reference import LATTICE_ORIGIN, LATTICE_STRIDE, SynthesisSettings, empty_outputs, lattice_window
+from ..compiled import KernelSpec
+from ..philox import Purpose
+from .reference import LATTICE_ORIGIN, LATTICE_STRIDE, SynthesisSettings, empty_outputs, lattice_window
 
 ORDER = tl.constexpr(int(Purpose.ORDER))
 GEOMETRY = tl.constexpr(int(Purpose.GEOMETRY))

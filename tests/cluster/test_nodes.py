@@ -19,7 +19,7 @@ MORE += ["--checkpoint.keep", "1", "--parallel.attempts", "2"]  # a dead host co
 
 @pytest.fixture(scope="module")
 def shards(module_path: Path) -> Path:
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     out = module_path / "shards"
     demo(out, categories=15, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)

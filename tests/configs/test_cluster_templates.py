@@ -60,9 +60,9 @@ def test_settings_in_command_lines_exist(path: Path) -> None:
 
 
 def test_the_sweep_of_the_guide_is_one() -> None:
-    from launch.sweep import parse
+    from wads_dist.launch.sweep import parse
 
-    (words,) = (words for words in commands(GUIDE, "python") if words[1:2] == ["launch/sweep.py"])
+    (words,) = (words for words in commands(GUIDE, "wads") if words[1:2] == ["sweep"])
     given, rest = parse(words[2:])
     assert given.slurm and load_config(rest).data.shards == "/shared/mvtec-shards"
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import triton
 
-from kernels.compiled import TARGETS, main
 from tests.conftest import REPOSITORY, environment
+from wads_dist.kernels.compiled import TARGETS, main
 
 OLD = triton.__version__.startswith("3.6.")
 
@@ -22,7 +22,7 @@ def targets(request: pytest.FixtureRequest) -> list[str]:
 def report(targets: list[str]) -> list[dict[str, Any]]:
     """Compiled in a process of its own: this one may be interpreting its kernels."""
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.compiled", "--json", *targets],
+        [sys.executable, "-m", "wads_dist.kernels.compiled", "--json", *targets],
         cwd=REPOSITORY, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -62,7 +62,7 @@ def test_the_code_is_what_the_design_counts_on(report: list[dict[str, Any]]) -> 
 @pytest.mark.slow
 def test_an_interpreting_process_says_what_to_do() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.compiled"],
+        [sys.executable, "-m", "wads_dist.kernels.compiled"],
         cwd=REPOSITORY, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode != 0 and "unset TRITON_INTERPRET" in done.stderr

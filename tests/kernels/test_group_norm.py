@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.group_norm import triton as group_norm_triton
-from kernels.group_norm.op import group_norm_act, reference
+from wads_dist.kernels.group_norm import triton as group_norm_triton
+from wads_dist.kernels.group_norm.op import group_norm_act, reference
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 SHAPES = [

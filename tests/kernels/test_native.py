@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import library
-from kernels.objective import KLDirection, KLForm, ObjectiveTerms, ObjectiveWeights, objective
-from kernels.objective import cpp as objective_cpp
-from kernels.synthesis import Batch, SynthesisSettings, draw, synthesise
-from kernels.synthesis import cpp as synthesis_cpp
+from wads_dist.kernels import library
+from wads_dist.kernels.objective import KLDirection, KLForm, ObjectiveTerms, ObjectiveWeights, objective
+from wads_dist.kernels.objective import cpp as objective_cpp
+from wads_dist.kernels.synthesis import Batch, SynthesisSettings, draw, synthesise
+from wads_dist.kernels.synthesis import cpp as synthesis_cpp
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = [(2, 3, 11, 11), (1, 1, 11, 11), (2, 3, 17, 131), (2, 1, 90, 75), (2, 3, 128, 128)]
@@ -299,9 +299,9 @@ def test_arguments_are_left_as_they_are() -> None:
 PROGRAM = """
 import warnings
 import torch
-from kernels import library
-from kernels.synthesis import SynthesisSettings
-from kernels.synthesis.cpp import synthesise
+from wads_dist.kernels import library
+from wads_dist.kernels.synthesis import SynthesisSettings
+from wads_dist.kernels.synthesis.cpp import synthesise
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     print(library.available(), library.available(), len(caught))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from scipy.special import rel_entr
 from torchvision.ops import sigmoid_focal_loss
 
-from kernels.backend import Backend
-from kernels.objective import KLDirection, KLForm, ObjectiveWeights, focal_loss, objective, sparsity_kl, ssim
+from wads_dist.kernels.backend import Backend
+from wads_dist.kernels.objective import KLDirection, KLForm, ObjectiveWeights, focal_loss, objective, sparsity_kl, ssim
 
 FORMS: tuple[KLForm, ...] = ("area", "pixel")
 DIRECTIONS: tuple[KLDirection, ...] = ("printed", "reverse")

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.objective import ObjectiveTerms, ObjectiveWeights, objective
-from kernels.objective import triton as objective_triton
+from wads_dist.kernels.objective import ObjectiveTerms, ObjectiveWeights, objective
+from wads_dist.kernels.objective import triton as objective_triton
 
 # All exact in float32, as a launch takes them.
 WEIGHTS = ObjectiveWeights(reconstruction=2.0, ssim=1.5, l2=0.5, focal=1.0, gamma=2.0, kl=0.25, rho=0.125)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.philox import Purpose, philox, philox4x32, shuffled, uniform
+from wads_dist.kernels.philox import Purpose, philox, philox4x32, shuffled, uniform
 
 
 # Known answers of Random123's kat_vectors for philox4x32-10.

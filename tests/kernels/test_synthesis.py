@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import synthesis
-from kernels.backend import Backend
-from kernels.synthesis import SynthesisSettings, draw, whole_images
-from kernels.synthesis.reference import lattice_gradients, lattice_window, perlin_noise, sample_affine
+from wads_dist.kernels import synthesis
+from wads_dist.kernels.backend import Backend
+from wads_dist.kernels.synthesis import SynthesisSettings, draw, whole_images
+from wads_dist.kernels.synthesis.reference import lattice_gradients, lattice_window, perlin_noise, sample_affine
 
 SETTINGS = SynthesisSettings(image_size=64)
 # This file is about the PyTorch form; the other backends have their own.

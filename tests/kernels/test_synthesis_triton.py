@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.synthesis import Batch, SynthesisSettings, draw, synthesise
-from kernels.synthesis import triton as synthesis_triton
-from kernels.synthesis.reference import lattice_gradients, lattice_window
+from wads_dist.kernels.synthesis import Batch, SynthesisSettings, draw, synthesise
+from wads_dist.kernels.synthesis import triton as synthesis_triton
+from wads_dist.kernels.synthesis.reference import lattice_gradients, lattice_window
 
 SETTINGS = SynthesisSettings(image_size=32)
 FAR = 2**33 + 2**31  # sample ids and seeds that need their high words

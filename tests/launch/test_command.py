@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-import launch.command
-from launch.command import main
-from launch.evaluate import arguments
-from launch.train import train
 from tests.conftest import REPOSITORY
 from wads_dist.common.errors import ExitCode
 from wads_dist.config.load import HOW_TO_START, load_config
 from wads_dist.config.schema import Config
+from wads_dist.launch import command as commands
+from wads_dist.launch.command import run_command
+from wads_dist.launch.evaluate import arguments
+from wads_dist.launch.train import train
 
 
 def interrupted(config: Config) -> int:
@@ -26,7 +26,7 @@ def interrupted(config: Config) -> int:
 def test_only_what_has_checkpoints_promises_to_go_on_from_one(
     resumes: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(interrupted, [], resumes=resumes) == ExitCode.INTERRUPTED
+    assert run_command(interrupted, [], resumes=resumes) == ExitCode.INTERRUPTED
     told = capsys.readouterr().err
     assert told.startswith("interrupted") and ("checkpoint" in told) == resumes
 
@@ -48,7 +48,7 @@ def test_commands_without_checkpoints_say_so(command: str, monkeypatch: pytest.M
         return 0
 
     program, *given = command.split()
-    monkeypatch.setattr(launch.command, "main", recorded)
+    monkeypatch.setattr(commands, "run_command", recorded)
     monkeypatch.setattr(sys, "argv", [program, *given])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(REPOSITORY / "launch" / program), run_name="__main__")
@@ -66,7 +66,7 @@ def test_a_run_is_evaluated_where_it_is_now() -> None:
 
 @pytest.mark.parametrize("given", [[], ["--data.categories", "all"]])
 def test_without_data_one_screen_says_how_to_start(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(train, given) == ExitCode.BAD_CONFIG
+    assert run_command(train, given) == ExitCode.BAD_CONFIG
     told = capsys.readouterr().err
     assert told.startswith("data: nothing to train on; give --data.root DIR") and HOW_TO_START in told
     assert len(told.splitlines()) <= 20
@@ -85,11 +85,11 @@ def test_a_rank_that_is_sooner_leaves_it_to_the_first_to_say_what_is_wrong(
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     monkeypatch.setenv("RANK", "1")
-    assert main(train, []) == ExitCode.BAD_CONFIG and not capsys.readouterr().err
-    assert waited == [launch.command.SAY_SECONDS]
+    assert run_command(train, []) == ExitCode.BAD_CONFIG and not capsys.readouterr().err
+    assert waited == [commands.SAY_SECONDS]
 
 
 def test_a_rank_that_the_launcher_ends_meanwhile_has_the_same_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", interrupted)
     monkeypatch.setenv("RANK", "1")
-    assert main(train, []) == ExitCode.BAD_CONFIG
+    assert run_command(train, []) == ExitCode.BAD_CONFIG

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from shards.addresses import (
+from wads_dist.shards.addresses import (
     VARIABLE,
     address_problem,
     is_remote,

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from shards.build import CategoryPlan, Overwrite, build, build_textures
-from shards.errors import DataProblems
-from shards.images import decode_image, decode_mask, fitted_image, fitted_mask, load_image, mask_pixels
-from shards.manifest import VERSION
-from shards.masks import fit_mask
-from shards.samples import FileSample
-from shards.source import Dataset
-from shards.verify import verify
 from tests.shards.conftest import make_category, picture, save, square_mask
+from wads_dist.shards.build import CategoryPlan, Overwrite, build, build_textures
+from wads_dist.shards.errors import DataProblems
+from wads_dist.shards.images import decode_image, decode_mask, fitted_image, fitted_mask, load_image, mask_pixels
+from wads_dist.shards.manifest import VERSION
+from wads_dist.shards.masks import fit_mask
+from wads_dist.shards.samples import FileSample
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.verify import verify
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -263,8 +263,8 @@ def test_what_was_stored_unturned_is_not_up_to_date(tmp_path: Path, overwrite: O
     phone = {"format": "MPO", "save_all": True, "append_images": [picture(6, (33, 17))]}  # which is stored as PNG
     picture(5, (33, 17)).save(folder / "train/good/zz.jpg", exif=orientation_tag(6), **phone)
     with pytest.MonkeyPatch.context() as before:
-        before.setattr("shards.images.upright", lambda image: image)
-        before.setattr("shards.samples.FileSample.stored_turned", lambda sample: False)
+        before.setattr("wads_dist.shards.images.upright", lambda image: image)
+        before.setattr("wads_dist.shards.samples.FileSample.stored_turned", lambda sample: False)
         build(folder, out, workers=1, progress=False)
     with contextlib.nullcontext() if overwrite else pytest.raises(DataProblems, match="other input or options"):
         build(folder, out, workers=1, overwrite=overwrite, progress=False)
@@ -399,7 +399,7 @@ def test_a_link_in_the_way_of_one_category_ends_no_other(root: Path, tmp_path: P
 
 
 def test_two_builds_at_once_are_kept_apart(root: Path, tmp_path: Path) -> None:
-    from shards.files import locked
+    from wads_dist.shards.files import locked
 
     building = tmp_path / "out/.building-nut"
     building.mkdir(parents=True)
@@ -429,9 +429,9 @@ def test_command_line(root: Path, tmp_path: Path) -> None:
 def test_building_and_verifying_need_no_torch(root: Path, tmp_path: Path) -> None:
     program = (
         "import sys, pathlib\n"
-        "from shards.build import build\n"
-        "from shards.textures import procedural_textures\n"
-        "from shards.verify import verify\n"
+        "from wads_dist.shards.build import build\n"
+        "from wads_dist.shards.textures import procedural_textures\n"
+        "from wads_dist.shards.verify import verify\n"
         "root, out = map(pathlib.Path, sys.argv[1:])\n"
         "build(root, out, workers=1, progress=False)\n"
         "assert verify(out) == []\n"

@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.demo import AREA, VISIBLE, DemoSample, demo
-from shards.demo_catalogue import CATALOGUE, DEMO_CATEGORIES
-from shards.errors import DataError
-from shards.images import decode_image, decode_mask, load_image, mask_pixels
-from shards.masks import fit_mask
-from shards.samples import USUAL_SIZE
-from shards.source import Dataset
-from shards.textures import procedural_textures
-from shards.verify import verify
+from wads_dist.shards.demo import AREA, VISIBLE, DemoSample, demo
+from wads_dist.shards.demo_catalogue import CATALOGUE, DEMO_CATEGORIES
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.images import decode_image, decode_mask, load_image, mask_pixels
+from wads_dist.shards.masks import fit_mask
+from wads_dist.shards.samples import USUAL_SIZE
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.textures import procedural_textures
+from wads_dist.shards.verify import verify
 
 TINY = {"size": 64, "train": 3, "good": 2, "per_defect": 1, "progress": False}
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-import shards.source
-from shards.__main__ import main
-from shards.addresses import VARIABLE
-from shards.build import build
-from shards.errors import DataError
-from shards.source import Dataset
-from shards.verify import open_category, verify
 from tests.shards.conftest import make_category
 from tests.shards.host import Host, serving
+from wads_dist.shards import source as reading
+from wads_dist.shards.__main__ import main
+from wads_dist.shards.addresses import VARIABLE
+from wads_dist.shards.build import build
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.verify import open_category, verify
 
 curl = pytest.mark.skipif(shutil.which("curl") is None, reason="http needs curl")
 Tree = Any
@@ -32,7 +32,7 @@ Tree = Any
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    monkeypatch.setattr(shards.source, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(reading, "BACKOFF_SECONDS", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv(VARIABLE, "")
@@ -417,7 +417,7 @@ def test_what_is_no_json_is_refused(good: Path, tmp_path: Path, content: bytes) 
 
 @curl
 def test_a_manifest_without_an_end_is_refused(host: Host, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.source, "MANIFEST_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "MANIFEST_BYTES", 1 << 20)
     host.endless = True
     with pytest.raises(DataError, match="no manifest has more than 1 MiB"):
         Dataset.open(Forgery(good).serve(host))
@@ -447,7 +447,7 @@ def test_a_manifest_in_a_folder_is_a_file_of_a_possible_size(
         subprocess.run(["mkfifo", path], check=True)
     else:
         path.write_bytes(bytes(2000))
-        monkeypatch.setattr(shards.source, "MANIFEST_BYTES", 1999)
+        monkeypatch.setattr(reading, "MANIFEST_BYTES", 1999)
     with pytest.raises(DataError, match=r"cannot be read \((no regular file|more than)"):
         Dataset.open(out).manifest("nut")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin
 
-from shards.errors import DataError
-from shards.images import decode_image, decode_mask, fitted_mask, load_image, stored_size, to_rgb, upright
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.images import decode_image, decode_mask, fitted_mask, load_image, stored_size, to_rgb, upright
 
 
 def encode(image: Image.Image, kind: str = "PNG") -> bytes:

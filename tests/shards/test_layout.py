@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from shards.__main__ import main
-from shards.build import build, build_textures
-from shards.errors import DataError, DataProblems
-from shards.source import Dataset
 from tests.shards.conftest import make_category, picture, save, square_mask
+from wads_dist.shards.__main__ import main
+from wads_dist.shards.build import build, build_textures
+from wads_dist.shards.errors import DataError, DataProblems
+from wads_dist.shards.source import Dataset
 
 
 def built(root: Path, out: Path) -> Dataset:

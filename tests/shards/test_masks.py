@@ -7,7 +7,7 @@ import pytest
 from scipy.ndimage import label
 from sklearn.metrics import average_precision_score
 
-from shards.masks import Bools, fit_mask
+from wads_dist.shards.masks import Bools, fit_mask
 
 SHAPES = [(1, 1), (1, 7), (2, 3), (5, 5), (6, 9), (8, 8), (13, 4), (16, 5), (20, 31)]
 SIZES = [1, 2, 3, 4, 7, 8, 12]

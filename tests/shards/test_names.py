@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import DataError
-from shards.names import (
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.names import (
     RESERVED,
     category_problem,
     defect_problem,

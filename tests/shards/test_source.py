@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import shards.source
-from shards.build import build
-from shards.errors import DataError
-from shards.manifest import CategoryManifest, CategorySummary, SampleEntry, ShardEntry, dataset_fingerprint
-from shards.source import Dataset
+from wads_dist.shards import source as reading
+from wads_dist.shards.build import build
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.manifest import CategoryManifest, CategorySummary, SampleEntry, ShardEntry, dataset_fingerprint
+from wads_dist.shards.source import Dataset
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset's opener needs curl")
 
@@ -68,7 +68,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(shards.source, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(reading, "BACKOFF_SECONDS", 0.01)
     build(root, tmp_path / "out", workers=1, progress=False)
     with Server(tmp_path / "out") as server:
         server.released = threading.Event()
@@ -125,7 +125,7 @@ def test_retries_are_bounded_and_the_error_is_named(server: Server, tmp_path: Pa
 
 
 def test_a_stalled_connection_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.source, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(reading, "STALL_SECONDS", 0.5)
     server.how, server.spoilt = "stall", 1
     dataset = Dataset.open(server.url, cache=tmp_path / "cache", retries=1)
     category, shard, _ = first(dataset)
@@ -149,7 +149,7 @@ def test_a_missing_file_is_not_tried_again(server: Server, tmp_path: Path) -> No
 
 
 def test_missing_curl_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.source.shutil, "which", lambda _: None)
+    monkeypatch.setattr(reading.shutil, "which", lambda _: None)
     with pytest.raises(DataError, match="needs the program curl; install it"):
         Dataset.open(server.url)
 
@@ -174,7 +174,7 @@ def test_s3_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_without_manifest_says_how_to_build(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no manifest\.json there.*python -m shards build"):
+    with pytest.raises(DataError, match=r"no manifest\.json there.*wads shards build"):
         Dataset.open(tmp_path)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from shards.build import build
-from shards.errors import DataError
-from shards.manifest import ShardEntry
-from shards.source import Dataset
-from shards.verify import verify
+from wads_dist.shards.build import build
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.manifest import ShardEntry
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.verify import verify
 
 Members = list[tuple[str, bytes]]
 

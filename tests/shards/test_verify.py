@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from PIL import ExifTags, Image
 
-from shards.__main__ import main
-from shards.build import build
-from shards.errors import DataError, DataProblems
-from shards.files import sha256_file
-from shards.manifest import CategoryManifest, ShardEntry, write_dataset_manifest
-from shards.source import Dataset
-from shards.verify import Findings, examine, open_category, verify
 from tests.shards.conftest import make_category, picture, square_mask
+from wads_dist.shards.__main__ import main
+from wads_dist.shards.build import build
+from wads_dist.shards.errors import DataError, DataProblems
+from wads_dist.shards.files import sha256_file
+from wads_dist.shards.manifest import CategoryManifest, ShardEntry, write_dataset_manifest
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.verify import Findings, examine, open_category, verify
 
 SHARD = "nut/test-000000.tar"
 
@@ -36,7 +36,7 @@ def test_sizes_of_before_the_orientation_was_obeyed_are_well(tmp_path: Path, mon
     for out, size in (("before", (33, 17)), ("now", (17, 33))):
         with monkeypatch.context() as then:
             if out == "before":
-                then.setattr("shards.images.upright", lambda image: image)
+                then.setattr("wads_dist.shards.images.upright", lambda image: image)
             build(folder, tmp_path / out, workers=1, progress=False)
         sample = Dataset.open(tmp_path / out).manifest("nut").samples("train")[-1][1]
         assert (sample.width, sample.height) == size and verify(tmp_path / out) == []
@@ -53,7 +53,7 @@ def test_images_turned_without_their_masks_are_a_note(
         picture(5).save(folder / f"test/scratch/{name}.jpg", exif=exif)
         square_mask().save(folder / f"ground_truth/scratch/{name}_mask.png", exif=exif)
     with monkeypatch.context() as then:
-        then.setattr("shards.images.upright", lambda image: image)
+        then.setattr("wads_dist.shards.images.upright", lambda image: image)
         build(folder, tmp_path / "out", workers=1, progress=False)
     found = examine(tmp_path / "out")
     assert found.problems == [] and len(found.notes) == 1

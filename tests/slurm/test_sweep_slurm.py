@@ -35,7 +35,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def shards(module_path: Path) -> Path:
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     out = module_path / "shards"
     demo(out, categories=len(CATEGORIES), size=64, train=8, good=3, per_defect=1, workers=1, progress=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.group_norm import triton as group_norm_triton
+from wads_dist.kernels.group_norm import triton as group_norm_triton
 
 DEVICE = "cuda:0"
 

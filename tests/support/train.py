@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from torch import Tensor
 
 import tests.support.imported  # noqa: F401
-from kernels.synthesis import Batch
-from launch.command import main
 from tests.support.forked import Fork
 from wads_dist.common.processes import leave
 from wads_dist.common.signals import StopRequest
 from wads_dist.data.training import TrainingData
+from wads_dist.kernels.synthesis import Batch
+from wads_dist.launch.command import run_command
 from wads_dist.scheduler import supervisor
 from wads_dist.scheduler.run import train_run
 from wads_dist.training import worker
@@ -56,7 +56,7 @@ def train() -> None:
             lambda: leave(worker.main()) or 0, command[:1] + command[2:], env, pass_fds
         )
     )
-    leave(main(train_run))
+    leave(run_command(train_run))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.command import main
-from shards.addresses import VARIABLE, with_credentials
-from shards.arguments import Parser, local_path
-from shards.errors import DataError
-from shards.names import RESERVED
 from tests.wads_dist.scheduler.test_run import SMALL, command
 from wads_dist.common.errors import ConfigError, ExitCode, ModelFileError
 from wads_dist.config.deepspeed import with_monitors
@@ -25,6 +20,7 @@ from wads_dist.config.schema import all_settings
 from wads_dist.data.locate import locate_shards
 from wads_dist.deploy.export import export_command
 from wads_dist.deploy.predict import load_weights
+from wads_dist.launch.command import run_command
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import save_weights
 from wads_dist.reporting import report
@@ -33,6 +29,10 @@ from wads_dist.runs.record import Outcome, open_run, record_summary, refuse_link
 from wads_dist.scheduler import categories, run
 from wads_dist.scheduler.rendezvous import launch_identity
 from wads_dist.scheduler.run import train_run
+from wads_dist.shards.addresses import VARIABLE, with_credentials
+from wads_dist.shards.arguments import Parser, local_path
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.names import RESERVED
 from wads_dist.sweep.plan import RECORD, TAKEN, load, parse_grid, plan_runs, read_variants
 from wads_dist.sweep.run import command_line
 from wads_dist.training.checkpoint_files import problems
@@ -88,7 +88,7 @@ def test_a_category_from_a_manifest_that_leads_out_of_the_run_ends_it(
     out.mkdir()
     text = (demo_shards / "manifest.json").read_text()
     (out / "manifest.json").write_text(text.replace("demo_biscuit", "../evilcat"))
-    assert main(train_run, command(out, tmp_path / "run")) == ExitCode.BAD_DATA
+    assert run_command(train_run, command(out, tmp_path / "run")) == ExitCode.BAD_DATA
     assert "'../evilcat' holds a separator" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
@@ -104,7 +104,7 @@ def test_an_index_that_says_something_else_than_its_category_ends_the_run(
     index = json.loads((demo_shards / "manifest.json").read_text())
     index["categories"]["demo_leafplate"]["kind"] = "textures"
     (out / "manifest.json").write_text(json.dumps(index))
-    assert main(train_run, command(out, tmp_path / "run")) == ExitCode.BAD_DATA
+    assert run_command(train_run, command(out, tmp_path / "run")) == ExitCode.BAD_DATA
     assert "demo_leafplate/manifest.json: not the category that" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -112,7 +112,7 @@ def test_an_index_that_says_something_else_than_its_category_ends_the_run(
 def test_a_data_set_without_a_category_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = {"version": 1, "categories": {}, "fingerprint": hashlib.sha256(b"{}").hexdigest()}
     (tmp_path / "manifest.json").write_text(json.dumps(empty))
-    assert main(train_run, command(tmp_path, tmp_path / "run")) == ExitCode.BAD_DATA
+    assert run_command(train_run, command(tmp_path, tmp_path / "run")) == ExitCode.BAD_DATA
     assert "holds no category of images" in capsys.readouterr().err
 
 
@@ -296,7 +296,7 @@ def test_what_an_earlier_version_has_written_is_shown_no_more(
     ],
 )
 def test_no_error_shows_credentials(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(lambda config: 0, arguments) == ExitCode.BAD_CONFIG
+    assert run_command(lambda config: 0, arguments) == ExitCode.BAD_CONFIG
     assert clean(capsys.readouterr().err)
 
 
@@ -314,7 +314,7 @@ def test_no_setting_but_those_of_data_takes_an_address_and_no_error_shows_one(
     """Not where a space or a quotation mark hides the address's end either; a folder of that name would be recorded."""
     for address in HOSTILE:
         wrong = ["--trainer.seed", "x"] if path in ADDRESSES else []  # with an apostrophe, it is an address
-        assert main(lambda config: 0, [f"--{path}={address}", *wrong]) == ExitCode.BAD_CONFIG
+        assert run_command(lambda config: 0, [f"--{path}={address}", *wrong]) == ExitCode.BAD_CONFIG
         said = capsys.readouterr().err
         assert clean(said)
         assert path in ADDRESSES or (said.startswith(path) and "http://… (an address)" in said)
@@ -405,5 +405,5 @@ def test_the_folder_of_built_shards_may_come_of_any_name(tmp_path: Path) -> None
 
 
 def test_an_error_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(lambda config: 0, ["--\x1b[2J", "1"]) == ExitCode.BAD_CONFIG
+    assert run_command(lambda config: 0, ["--\x1b[2J", "1"]) == ExitCode.BAD_CONFIG
     assert "\x1b[2J" not in capsys.readouterr().err

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from enum import IntEnum
 
-from shards.addresses import (
+from wads_dist.shards.addresses import (
     public,
 )
-from shards.errors import DataError
+from wads_dist.shards.errors import DataError
 
 
 class ExitCode(IntEnum):

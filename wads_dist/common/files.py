@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-"""The checkout."""
+PACKAGE = Path(__file__).resolve().parents[1]
+"""``wads_dist``; with kernels, shards, launch and configs in it, in a checkout by links."""
+
+
+def shipped(path: Path) -> Path:
+    """A file as given from the working folder, or else, where there is none, the package's of that name (``configs/…``)."""
+    path = path.expanduser()
+    return PACKAGE / path if not path.exists() and (PACKAGE / path).is_file() else path
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from wads_dist.common.errors import ConfigError
-from wads_dist.common.files import REPOSITORY
+from wads_dist.common.files import PACKAGE, shipped
 from wads_dist.config.schema import Config, Precision, resolve_batches
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
@@ -79,7 +79,7 @@ def deepspeed_config(config: Config, world_size: int, stage: int | None = None) 
             problems.append(f"{path}: {block}.enabled does not belong here: use trainer.precision")
 
     if _enabled(settings.get("tensorboard")) and importlib.util.find_spec("tensorboard") is None:
-        problems.append(f"{path}: tensorboard is enabled but not installed: pip install '.[monitor]'")
+        problems.append(f"{path}: tensorboard is enabled but not installed: pip install tensorboard")
 
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -138,7 +138,7 @@ def read_settings(config: Config) -> tuple[Path, dict[str, Any]]:
     Raises:
         ConfigError: there is none, or it is not a JSON object.
     """
-    path = _find(config.trainer.deepspeed)
+    path = shipped(config.trainer.deepspeed)
     return path, _read(path)
 
 
@@ -146,19 +146,13 @@ def _enabled(block: Any) -> bool:
     return bool(block.get("enabled", False)) if isinstance(block, dict) else bool(block)
 
 
-def _find(path: Path) -> Path:
-    """The file as given from the working folder, or else from the repository (ranks may start anywhere)."""
-    for candidate in (path.expanduser(), REPOSITORY / path):
-        if candidate.is_file():
-            return candidate
-    raise ConfigError([f"trainer.deepspeed: no file {path}, neither from the working folder nor from {REPOSITORY}"])
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError([f"trainer.deepspeed: {path} line {error.lineno}: {error.msg}"]) from None
+    except FileNotFoundError:
+        raise ConfigError([f"trainer.deepspeed: no file {path}, nor one of that name in {PACKAGE}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"trainer.deepspeed: cannot read {path}: {error}"]) from None
     if not isinstance(settings, dict):

@@ -17,16 +17,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from shards.addresses import (
-    VARIABLE,
-    address_problem,
-    bare,
-    take_credentials,
-    with_credentials,
-    without_addresses,
-)
-from shards.names import printable
 from wads_dist.common.errors import ConfigError
+from wads_dist.common.files import PACKAGE, shipped
 from wads_dist.config.presets import PRESETS
 from wads_dist.config.schema import (
     RESOLVED,
@@ -38,6 +30,15 @@ from wads_dist.config.schema import (
     values_of,
     without_none,
 )
+from wads_dist.shards.addresses import (
+    VARIABLE,
+    address_problem,
+    bare,
+    take_credentials,
+    with_credentials,
+    without_addresses,
+)
+from wads_dist.shards.names import printable
 
 BEFORE: dict[str, Any] = {"objective.kl.direction": "reverse", "evaluation.mask_rule": "nearest"}
 """What a file without these settings means that the software itself has written (a run's, a checkpoint's, a model's): it is
@@ -172,24 +173,29 @@ def config_difference(a: Config, b: Config) -> list[str]:
     return [f"{path}: {shown(before[path])} → {shown(after[path])}" for path in before if before[path] != after[path]]
 
 
-HOW_TO_START = """\
+TRAIN = "launch/train.py" if (PACKAGE / "launch").is_symlink() else "--module wads_dist.launch.train"
+"""What DeepSpeed's launcher starts: in a checkout, and installed."""
+
+HOW_TO_START = f"""\
 How to start (README.md has more):
   The demo, two categories within minutes:
-    make demo
+    wads shards demo --out demo --categories 2
+    deepspeed {TRAIN} --config configs/demo.toml --data.shards demo
   Your own images; DIR is laid out as MVTec AD, as one category of it, or as good/ and bad/:
-    deepspeed launch/train.py --config configs/own_images.toml --data.root DIR --run.dir runs/NAME
+    deepspeed {TRAIN} --config configs/own_images.toml --data.root DIR --run.dir runs/NAME
   The same without a GPU:
     export DS_ACCELERATOR=cpu
-    deepspeed --num_accelerators 2 launch/train.py --config configs/own_images.toml --data.root DIR --run.dir runs/NAME
+    deepspeed --num_accelerators 2 {TRAIN} --config configs/own_images.toml --data.root DIR --run.dir runs/NAME
   Every setting:
-    python launch/train.py --help"""
+    wads train --help"""
 
 
 def help_text() -> str:
     """What ``--help`` prints: for each setting its type, default, allowed values and meaning."""
     lines = [
-        "usage: deepspeed launch/train.py  [--config FILE] [--SECTION.FIELD VALUE ...] [--dry-run]",
-        "       python launch/evaluate.py  RUN [--SECTION.FIELD VALUE ...]",
+        f"usage: deepspeed {TRAIN} [--config FILE] [--SECTION.FIELD VALUE ...] [--dry-run]",
+        "       wads train [--config FILE] [--SECTION.FIELD VALUE ...] [--dry-run]      one rank, without a launcher",
+        "       wads evaluate RUN [--SECTION.FIELD VALUE ...]",
         "",
         "Order of precedence: command line, FILE (TOML), preset, default. Lists are separated by commas; `none` clears",
         "a setting that may be absent; a true/false setting may stand alone for true.",
@@ -248,7 +254,7 @@ def _read_command_line(arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
 def _read_toml(path: Path) -> dict[str, Any]:
     """Dotted path → value. Raises ConfigError naming the file, and the line where it is not TOML."""
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(shipped(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"config: cannot read {without_addresses(str(path))}: {error.strerror or error}"]) from None
     except UnicodeDecodeError:

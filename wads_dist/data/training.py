@@ -11,11 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.philox import shuffled
-from kernels.synthesis import Batch, SynthesisSettings, synthesise
-from shards.errors import DataError
-from shards.source import Dataset
-from shards.textures import procedural_textures
 from wads_dist.config.schema import Config
 from wads_dist.data.images import (
     Entry,
@@ -27,6 +22,11 @@ from wads_dist.data.images import (
     evenly,
     whole_entries,
 )
+from wads_dist.kernels.philox import shuffled
+from wads_dist.kernels.synthesis import Batch, SynthesisSettings, synthesise
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.textures import procedural_textures
 
 LOOKED_AT = 64  # images from all over a category, to see whether it is grey
 HELD_OUT_AT_LEAST = 4
@@ -73,7 +73,7 @@ def open_texture_bank(location: str | None, cache: Path) -> tuple[Dataset, str] 
     if kind != "textures":
         raise DataError(
             f"data.textures = {location!r} holds images of a category, not a texture bank; make one with "
-            f"`python -m shards build --textures DIR --out OUT` and give OUT/textures"
+            f"`wads shards build --textures DIR --out OUT` and give OUT/textures"
         )
     return dataset, name
 

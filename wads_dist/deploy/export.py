@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import tempfile
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,25 +26,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from shards.addresses import public
-from shards.errors import DataError
-from shards.files import sha256_file, write_atomically
-from shards.names import within
+from wads_dist import __version__
 from wads_dist.common.errors import ExitCode, ModelFileError, WadsError
-from wads_dist.common.files import REPOSITORY
+from wads_dist.deploy.defaults import FILES, MAX_IMAGES, TOLERANCE
 from wads_dist.deploy.predict import DESCRIPTION, Description, load_weights, network_input, read_image, stored_image
 from wads_dist.deploy.predict_files import find_images
 from wads_dist.evaluation.metrics import image_score
 from wads_dist.model.networks import Wads
 from wads_dist.runs.folder import WEIGHTS
+from wads_dist.shards.addresses import public
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.files import sha256_file, write_atomically
+from wads_dist.shards.names import within
 
-TOLERANCE = 1e-4
 OPSET = 18
 OUTPUTS = ("reconstruction", "probability", "score")
-FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 MODEL_JSON = "model.json"
-MAX_IMAGES = 64
-"""Exit code: an artefact does not agree with the checkpoint."""
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
@@ -87,13 +83,13 @@ def export(
     if "onnx" in formats:
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
         if missing:
-            raise ModelFileError(f"--format onnx needs {', '.join(missing)}: pip install '.[export]'")
+            raise ModelFileError(f"--format onnx needs more packages: pip install {' '.join(missing)}")
     model, description, header = load_weights(folder)
     weights = folder / WEIGHTS if folder.is_dir() else folder
     module = Deployed(model, description).eval()
     size, store, side = description.image_size, description.store_size, module.side
     content = {
-        "wads_dist": tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"],
+        "wads_dist": __version__,
         "torch": version("torch"),
         "weights_sha256": sha256_file(weights),
         **asdict(description),

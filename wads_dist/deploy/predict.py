@@ -26,22 +26,22 @@ from safetensors import safe_open
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
-from kernels.synthesis import whole_images
-from shards.errors import DataError
-from shards.images import load_image, to_rgb, upright
-from shards.names import category_problem, quoted
 from wads_dist.common.errors import ModelFileError, WadsError, is_out_of_memory
 from wads_dist.config.load import written_sections
 from wads_dist.config.schema import Config, DataConfig, EvaluationConfig, ExpertsConfig, FeaturesConfig, ModelConfig
+from wads_dist.deploy.defaults import OVERLAP
 from wads_dist.deploy.tiles import Floats, score_in_tiles
 from wads_dist.evaluation.metrics import image_score
+from wads_dist.kernels.synthesis import whole_images
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Wads
 from wads_dist.reporting.colours import heat_colours, levels
 from wads_dist.runs.folder import THRESHOLD, WEIGHTS
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.images import load_image, to_rgb, upright
+from wads_dist.shards.names import category_problem, quoted
 
 DESCRIPTION = "wads"  # key of the description in the metadata of an exported model
-OVERLAP = 0.25
 OUTLINE = (0, 255, 255)
 TOO_LARGE = "make it smaller, or allow it with --max-pixels (in Python: PIL.Image.MAX_IMAGE_PIXELS)"
 
@@ -384,7 +384,7 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description, i
     try:
         import onnxruntime
     except ImportError as error:
-        raise ModelFileError(f"{path}: needs onnxruntime; pip install '.[export]'") from error
+        raise ModelFileError(f"{path}: needs onnxruntime; pip install onnxruntime") from error
     wanted = ["CUDAExecutionProvider"] * (device.type == "cuda") + ["CPUExecutionProvider"]
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from shards.errors import DataError
-from shards.layout import IMAGE_SUFFIXES
-from shards.names import printable
 from wads_dist.common.errors import ExitCode, WadsError
 from wads_dist.deploy.predict import Detector, Result, read_image, stored_image
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.layout import IMAGE_SUFFIXES
+from wads_dist.shards.names import printable
 
 # Decoded pixels (but for the last image's) that wait for the network at a time: read ahead, and of the batch being gathered,
 # which has half of them at most. As much as a batch more is being scored, and as much being written.

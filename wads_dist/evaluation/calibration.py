@@ -7,21 +7,21 @@ the bank without its own patches: the segmenter and the error are then a little 
 import torch
 from torch import Tensor
 
-from kernels.objective import ssim
-from kernels.philox import shuffled
-from kernels.synthesis import whole_images
-from shards.errors import DataError
-from shards.source import Dataset
 from wads_dist.common.errors import NotFiniteError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config
 from wads_dist.data.images import Entry, decode_entries
 from wads_dist.data.training import TrainingSplit
 from wads_dist.evaluation.scoring import rank_batches
+from wads_dist.kernels.objective import ssim
+from wads_dist.kernels.philox import shuffled
+from wads_dist.kernels.synthesis import whole_images
 from wads_dist.model.bank import Chosen, PatchBank, choose_patches, embed, resized
 from wads_dist.model.experts import Experts
 from wads_dist.model.features import FrozenNetwork
 from wads_dist.model.networks import Wads
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
 
 ENOUGH, AT_MOST = 20, 64
 """Images held out that scales can be fitted to, and images that they are fitted to."""

@@ -9,9 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kernels.objective import ssim
-from shards.errors import DataError
-from shards.source import Dataset
 from wads_dist.common.files import write_text
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config, EvaluationConfig
@@ -31,10 +28,13 @@ from wads_dist.evaluation.scoring import (
 )
 from wads_dist.evaluation.thresholds import Decisions, Threshold, fit_threshold
 from wads_dist.evaluation.trivial import DESCRIPTION, trivial_maps
+from wads_dist.kernels.objective import ssim
 from wads_dist.model.experts import EXPERTS, ONE_IN_A_THOUSAND
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import trained_config, write_weights
 from wads_dist.runs.folder import THRESHOLD, WEIGHTS
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
 
 MODEL = "model"
 KEPT = 256  # more than any category of MVTec AD has; 118 MB at 128 pixels

@@ -14,15 +14,15 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from kernels.synthesis import whole_images
-from shards.source import Dataset
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config
 from wads_dist.data.images import Entry, decode_entries
 from wads_dist.data.training import HELD_OUT_OF_AT_LEAST, TrainingSplit
 from wads_dist.evaluation.metrics import image_score
 from wads_dist.evaluation.scoring import predict, rank_batches
+from wads_dist.kernels.synthesis import whole_images
 from wads_dist.model.networks import Wads
+from wads_dist.shards.source import Dataset
 
 
 @dataclass(frozen=True)

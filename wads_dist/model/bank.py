@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-from kernels.philox import Purpose, philox
+from wads_dist.kernels.philox import Purpose, philox
 from wads_dist.model.features import FrozenNetwork
 
 PART = 1024

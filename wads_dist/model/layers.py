@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.ops import FeaturePyramidNetwork
 
-from kernels.backend import Backend
-from kernels.group_norm import group_norm_act
+from wads_dist.kernels.backend import Backend
+from wads_dist.kernels.group_norm import group_norm_act
 
 
 class GroupNorm(nn.GroupNorm):

@@ -21,9 +21,10 @@ import torch
 import triton
 from rich.console import Console
 
-from kernels import library
 from wads_dist.common.errors import ExitCode
-from wads_dist.common.files import REPOSITORY, write_text
+from wads_dist.common.files import PACKAGE, write_text
+from wads_dist.kernels import library
+from wads_dist.profiling.names import KERNELS, Kernel, Layout
 from wads_dist.profiling.peers import (
     DTYPES,
     IMPLEMENTATIONS,
@@ -32,15 +33,11 @@ from wads_dist.profiling.peers import (
     TERMS,
     Case,
     Implementation,
-    Kernel,
-    Layout,
     version,
 )
 from wads_dist.profiling.tables import compile_tables, left_out, result_tables, save_roofline
 from wads_dist.profiling.timing import Clock, Device, cold_sets, graph_clock, host_clock, measure_device, take_turns
 from wads_dist.training.timing import synchronise
-
-KERNELS: tuple[Kernel, ...] = ("objective", "synthesis")
 
 
 @dataclass(frozen=True)
@@ -233,11 +230,11 @@ def compiled_kernels() -> list[dict[str, Any]]:
         RuntimeError: it failed; holds the last line of what it said.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.compiled", "--json"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "wads_dist.kernels.compiled", "--json"]
+    done = subprocess.run(command, cwd=PACKAGE.parent, env=environment, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
-        raise RuntimeError(f"kernels.compiled exited with {done.returncode} and said: {said[-1]}")
+        raise RuntimeError(f"wads_dist.kernels.compiled exited with {done.returncode} and said: {said[-1]}")
     report: list[dict[str, Any]] = json.loads(done.stdout)
     return report
 

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.objective import SIGMA, WINDOW, ObjectiveWeights, objective, sparsity_kl
-from kernels.objective import triton as objective_triton
-from kernels.synthesis import SynthesisSettings, synthesise, whole_images
+from wads_dist.kernels.objective import SIGMA, WINDOW, ObjectiveWeights, objective, sparsity_kl
+from wads_dist.kernels.objective import triton as objective_triton
+from wads_dist.kernels.synthesis import SynthesisSettings, synthesise, whole_images
+from wads_dist.profiling import names
+from wads_dist.profiling.names import Kernel, Layout
 
-Kernel = Literal["objective", "synthesis"]
-Layout = Literal["contiguous", "channels_last"]
 Array = NDArray[Any]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS: tuple[Layout, ...] = ("contiguous", "channels_last")
+DTYPES = dict(zip(names.DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 TERMS = ("ssim", "mse", "focal", "kl")
 OURS = ("triton", "native", "torch")
 TEXTURES = 32
@@ -124,8 +123,8 @@ def version(package: str) -> str | None:
     module = PACKAGES[package]
     if importlib.util.find_spec(module) is None:
         return None
-    names = importlib.metadata.packages_distributions().get(module)
-    return importlib.metadata.version(names[0]) if names else "unknown version"
+    found = importlib.metadata.packages_distributions().get(module)
+    return importlib.metadata.version(found[0]) if found else "unknown version"
 
 
 # --- the objective ------------------------------------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ def _step(loss: Loss, terms: tuple[str, ...]) -> Callable[..., Callable[[], Any]
         if not case.backward:
             return torch.no_grad()(lambda: loss(x, y, logits, mask))
         y, logits = y.detach().requires_grad_(), logits.detach().requires_grad_()
-        wanted = [t for t, names in ((y, {"ssim", "mse"}), (logits, {"focal", "kl"})) if names & set(terms)]
+        wanted = [t for t, of in ((y, {"ssim", "mse"}), (logits, {"focal", "kl"})) if of & set(terms)]
         return lambda: torch.autograd.grad(loss(x, y, logits, mask), wanted)
 
     return prepare

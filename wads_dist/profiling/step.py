@@ -22,16 +22,16 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.synthesis import Batch, synthesise
-from shards.textures import procedural_textures
 from wads_dist.common.files import write_text
 from wads_dist.common.heartbeat import Pulse
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config
 from wads_dist.data.training import synthesis_settings
+from wads_dist.kernels.synthesis import Batch, synthesise
 from wads_dist.model.networks import AUTOCAST_DTYPE
 from wads_dist.profiling.timing import host_clock, measure_device
 from wads_dist.runs.record import code_version
+from wads_dist.shards.textures import procedural_textures
 from wads_dist.training.checkpoint import zero_stage
 from wads_dist.training.loop import initialise
 from wads_dist.training.timing import now, seconds_between, synchronise

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.addresses import public
 from wads_dist.common.files import read_object
 from wads_dist.reporting import paper
 from wads_dist.runs.events import History, read_history
 from wads_dist.runs.folder import EXAMPLES, EXAMPLES_FILE
 from wads_dist.runs.leases import Attempt, attempts_of
 from wads_dist.runs.reader import CategoryStatus, RunStatus, launches, read_status
+from wads_dist.shards.addresses import public
 
 FILES = ("config.toml", "deepspeed.json", "code.json")
 PIXEL_SCORES = {

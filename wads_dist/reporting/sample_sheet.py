@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from kernels.synthesis import Draws, draw
-from shards.source import Dataset
 from wads_dist.common.errors import ConfigError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config
 from wads_dist.data.locate import chosen_categories, locate_shards
 from wads_dist.data.training import TrainingData, TrainingSplit, open_texture_bank
+from wads_dist.kernels.synthesis import Draws, draw
+from wads_dist.shards.source import Dataset
 
 COUNTED = 2_000  # samples behind the numbers of the caption
 CHUNK = 32

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from shards.names import category_problem
 from wads_dist.common.errors import ExitCode
 from wads_dist.common.files import read_object
 from wads_dist.runs.events import Tail, json_objects
 from wads_dist.runs.folder import EVENTS, METRICS, QUEUE
 from wads_dist.runs.leases import Attempt, attempts_of
+from wads_dist.shards.names import category_problem
 
 State = Literal["running", "waiting", "failed", "stopped", "lost", "done"]
 # By so much may clocks differ before a lease that is renewed looks lost.

@@ -10,15 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shards.errors import DataError
-from shards.names import RESERVED, category_problem, within
+from wads_dist import __version__
 from wads_dist.common.errors import ConfigError, ExitCode, ResumeError
-from wads_dist.common.files import REPOSITORY, write_text
+from wads_dist.common.files import PACKAGE, write_text
 from wads_dist.config.deepspeed import read_settings
 from wads_dist.config.load import config_difference, recorded_config
 from wads_dist.config.schema import Config
 from wads_dist.runs.folder import CODE, CONFIG, DEEPSPEED, METRICS, QUEUE, SUMMARY
 from wads_dist.runs.leases import attempts_of
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.names import RESERVED, category_problem, within
 
 # Settings that may differ between a run and its continuation: none changes what is learnt.
 FREE_TO_CHANGE = (
@@ -138,12 +139,16 @@ def check_fingerprint(metrics: Path, fingerprint: str) -> None:
 def code_version() -> dict[str, str]:
     """The commit of the checkout and the versions that decide numbers."""
     packages = ("torch", "torchvision", "deepspeed", "webdataset", "numpy")
-    git = ("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40")
+    checkout = PACKAGE.parent
+    git = ("git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40")
     try:
+        (checkout / ".git").stat()  # an installed package may lie within somebody else's
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown (not a git checkout)"
-    return {"commit": commit, "python": platform.python_version()} | {p: version(p) for p in packages}
+    return {"wads_dist": __version__, "commit": commit, "python": platform.python_version()} | {
+        p: version(p) for p in packages
+    }
 
 
 def record_summary(folder: Path, outcome: Outcome, categories: list[str], *, over: bool) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.addresses import public
-from shards.names import printable
 from wads_dist.common.errors import ExitCode, WadsError, exit_code
 from wads_dist.common.processes import free_port
 from wads_dist.common.signals import StopRequest
@@ -22,6 +20,8 @@ from wads_dist.runs.leases import REPEATS, Lease, Owner, Queue
 from wads_dist.scheduler.plan import Place
 from wads_dist.scheduler.rendezvous import LOST_SECONDS, STOP, Group, Launch
 from wads_dist.scheduler.supervisor import Cores, Task, supervise
+from wads_dist.shards.addresses import public
+from wads_dist.shards.names import printable
 
 WAIT_SECONDS = 1.0
 # For a thread to end its worker when everything ends.

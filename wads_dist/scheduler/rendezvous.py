@@ -20,10 +20,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shards.addresses import public
 from wads_dist.common.errors import LaunchError, PreemptedError, RankLostError, WadsError, exit_code
 from wads_dist.common.heartbeat import BEAT_SECONDS, Standing
 from wads_dist.common.processes import free_port
+from wads_dist.shards.addresses import public
 
 JOIN_SECONDS = 600.0
 LOST_SECONDS = 30.0

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shards.source import Dataset
 from wads_dist.common.errors import ExitCode, ModelFileError, ResumeError
 from wads_dist.common.files import write_text
 from wads_dist.common.ranks import Ranks
@@ -18,6 +17,7 @@ from wads_dist.reporting.results import save_results
 from wads_dist.runs.folder import CONFIG, METRICS
 from wads_dist.runs.record import FREE_TO_CHANGE, Outcome, check_fingerprint, refuse_links
 from wads_dist.scheduler.run import conclude
+from wads_dist.shards.source import Dataset
 
 
 def evaluate_run(config: Config) -> int:

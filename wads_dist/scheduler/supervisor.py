@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from wads_dist.common.errors import ExitCode, RankLostError, WadsError
-from wads_dist.common.files import REPOSITORY
+from wads_dist.common.files import PACKAGE
 from wads_dist.common.heartbeat import UNTIMED, Listener, stalled
 from wads_dist.common.signals import ASKING
 from wads_dist.config.schema import Config
@@ -120,7 +120,7 @@ class Worker:
             "TORCHELASTIC_USE_AGENT_STORE": "False",
             # torch and DeepSpeed deprecate each other's calls; a user can do nothing about it.
             "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }
         what = ["--run", str(config.run.dir), "--category", task.category, "--shards", location, "--pulse", str(writer)]
         what += ["--threads", str(cores.threads), "--lease", task.lease, "--config", task.config]

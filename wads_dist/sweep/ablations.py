@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from shards.source import Dataset
 from wads_dist.common.files import write_text
 from wads_dist.common.ranks import Ranks
 from wads_dist.evaluation.evaluate import MODEL, Part, score_report
@@ -30,6 +29,7 @@ from wads_dist.model.networks import Scored, Wads
 from wads_dist.model.weights import load_model
 from wads_dist.reporting import paper
 from wads_dist.reporting.report_data import show
+from wads_dist.shards.source import Dataset
 from wads_dist.sweep.plan import Sweep, load
 from wads_dist.sweep.run import sweep
 from wads_dist.sweep.summary import SCORES, STOPPED, cell, spread, summarise

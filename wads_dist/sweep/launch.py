@@ -19,12 +19,12 @@ from pathlib import Path
 import psutil
 
 from wads_dist.common.errors import ExitCode
-from wads_dist.common.files import write_text
+from wads_dist.common.files import PACKAGE, write_text
 from wads_dist.common.processes import free_port
 from wads_dist.common.signals import SAME_SECONDS
 from wads_dist.sweep.plan import Run, Sweep
 
-PROGRAM = str(Path(__file__).resolve().parents[2] / "launch" / "train.py")
+PROGRAM = str(PACKAGE / "launch" / "train.py")
 PR_SET_CHILD_SUBREAPER = 36
 # The first ends at once, the others save. SIGHUP: a terminal that was closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -16,11 +16,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from shards.addresses import without_addresses
-from shards.files import locked
-from shards.layout import find_categories
-from shards.names import category_problem, quoted, text_problem
-from shards.source import Dataset
 from wads_dist.common.errors import ConfigError, ResumeError
 from wads_dist.common.files import write_text
 from wads_dist.config.deepspeed import deepspeed_config
@@ -29,6 +24,11 @@ from wads_dist.config.schema import Config
 from wads_dist.data.locate import chosen_categories, locate_shards
 from wads_dist.runs.folder import METRICS
 from wads_dist.runs.record import FREE_TO_CHANGE, code_version
+from wads_dist.shards.addresses import without_addresses
+from wads_dist.shards.files import locked
+from wads_dist.shards.layout import find_categories
+from wads_dist.shards.names import category_problem, quoted, text_problem
+from wads_dist.shards.source import Dataset
 
 RECORD, CONFIGS, ENDED, LOCK = "sweep.json", "configs", "ended", ".lock"
 # What else lies beside the runs.

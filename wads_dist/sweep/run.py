@@ -20,10 +20,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from shards.addresses import VARIABLE, public, with_credentials
 from wads_dist.common.errors import ConfigError, ExitCode
 from wads_dist.common.files import write_text
 from wads_dist.runs.folder import SUMMARY
+from wads_dist.shards.addresses import VARIABLE, public, with_credentials
 from wads_dist.sweep import slurm
 from wads_dist.sweep.launch import POLL_SECONDS, Signals, train
 from wads_dist.sweep.plan import (

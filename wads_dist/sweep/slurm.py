@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.addresses import VARIABLE
 from wads_dist.common.errors import ExitCode, WadsError
-from wads_dist.common.files import REPOSITORY, write_text
+from wads_dist.common.files import PACKAGE, write_text
+from wads_dist.shards.addresses import VARIABLE
 
 FOLDER = "slurm"
 PATIENCE_SECONDS = 60.0
@@ -90,7 +90,7 @@ def job_script(out: Path, name: str, tasks: Iterable[int], options: JobOptions) 
         f"--output={shlex.quote(log)}",
         f"--chdir={shlex.quote(os.getcwd())}",
     ]
-    program = shlex.join([sys.executable, str(REPOSITORY / "launch" / "sweep.py"), "--out", str(out), "--task"])
+    program = shlex.join([sys.executable, str(PACKAGE / "launch" / "sweep.py"), "--out", str(out), "--task"])
     return "\n".join(
         [
             "#!/bin/bash",

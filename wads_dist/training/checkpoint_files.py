@@ -22,10 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shards.arguments import Parser, local_path
-from shards.names import file_problem, quoted
 from wads_dist.common.errors import ExitCode
 from wads_dist.common.files import FileEntry, hashed_file, sha256_of, sync_folder, write_text
+from wads_dist.shards.arguments import Parser, local_path
+from wads_dist.shards.names import file_problem, quoted
 
 MANIFEST, PROGRESS, LATEST, QUARANTINE = "manifest.json", "progress.json", "latest", "quarantine"
 FORMAT = 1
@@ -250,9 +250,8 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m wads_dist.training.checkpoint_files``: exit code 0 good, 3 damaged, 2 wrong usage or nothing there."""
+    """``wads checkpoint``: exit code 0 good, 3 damaged, 2 wrong usage or nothing there."""
     parser = Parser(
-        prog="python -m wads_dist.training.checkpoint_files",
         description="Show or verify training checkpoints. Exit code: 0 good, 3 damaged, 2 wrong usage or none there.",
     )
     parser.add_argument("command", choices=("inspect", "verify"), help="verify reads and hashes every file")

@@ -20,9 +20,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from kernels.philox import shuffled
-from shards.source import Dataset
-from shards.verify import open_category
 from wads_dist.common.errors import PreemptedError, RankLostError
 from wads_dist.common.files import write_text
 from wads_dist.common.heartbeat import Pulse
@@ -34,6 +31,7 @@ from wads_dist.config.schema import Config, ExpertsConfig
 from wads_dist.data.training import TrainingData, TrainingSplit, rank_samples
 from wads_dist.evaluation.calibration import fit_experts
 from wads_dist.evaluation.evaluate import Evaluation, evaluate
+from wads_dist.kernels.philox import shuffled
 from wads_dist.model.features import FrozenNetwork, load_network
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import load_model, save_weights
@@ -41,6 +39,8 @@ from wads_dist.reporting.results import save_results
 from wads_dist.runs.events import Events, finite_or_none
 from wads_dist.runs.folder import METRICS, REJECTED
 from wads_dist.runs.leases import still_held
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.verify import open_category
 from wads_dist.training import checkpoint, validation
 from wads_dist.training.batch_size import find_batch_size
 from wads_dist.training.losses import Losses

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.objective import ObjectiveWeights
 from wads_dist.config.schema import ObjectiveConfig
+from wads_dist.kernels.objective import ObjectiveWeights
 from wads_dist.training.step_check import Verdict
 
 

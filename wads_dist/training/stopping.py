@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernels.synthesis import synthesise
-from shards.source import Dataset
 from wads_dist.common.errors import ConfigError, NotFiniteError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config, StoppingConfig
@@ -23,8 +21,10 @@ from wads_dist.data.images import decode_entries
 from wads_dist.data.training import TrainingData, TrainingSplit
 from wads_dist.evaluation.metrics import Truth
 from wads_dist.evaluation.scoring import ExactScores, predict, rank_batches
+from wads_dist.kernels.synthesis import synthesise
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.weights import separate_model
+from wads_dist.shards.source import Dataset
 
 if TYPE_CHECKING:
     from wads_dist.training.trainer import Progress, Trainer

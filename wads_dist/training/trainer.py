@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from kernels.objective import objective
-from kernels.synthesis import Batch
 from wads_dist.common.errors import NotFiniteError
 from wads_dist.common.heartbeat import Pulse
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.deepspeed import deepspeed_config, resolve_precision, with_monitors, without_monitors
 from wads_dist.config.schema import Config, resolve_batches
 from wads_dist.data.training import TrainingData, rank_samples
+from wads_dist.kernels.objective import objective
+from wads_dist.kernels.synthesis import Batch
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Discriminator, Wads
 from wads_dist.training import engines, graph, step_check, stopping

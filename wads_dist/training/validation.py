@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from kernels.synthesis import Batch, synthesise
-from shards.source import Dataset
 from wads_dist.config.schema import Config
 from wads_dist.data.images import decode_entries
 from wads_dist.data.training import TrainingData, TrainingSplit
+from wads_dist.kernels.synthesis import Batch, synthesise
 from wads_dist.model.weights import separate_model
 from wads_dist.reporting.colours import heat_colours
+from wads_dist.shards.source import Dataset
 from wads_dist.training.trainer import Trainer
 
 COUNT = 6

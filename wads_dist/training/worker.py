@@ -10,9 +10,6 @@ import os
 import signal
 import sys
 
-from shards.addresses import public
-from shards.arguments import Parser, local_path
-from shards.names import category_problem, printable, quoted
 from wads_dist.common.errors import EXPLAINED, ConfigError, ExitCode, PreemptedError, exit_code
 from wads_dist.common.heartbeat import Pulse
 from wads_dist.common.processes import leave
@@ -20,6 +17,9 @@ from wads_dist.common.signals import worker_signals
 from wads_dist.config.load import load_config
 from wads_dist.runs.events import Events
 from wads_dist.runs.record import refuse_links
+from wads_dist.shards.addresses import public
+from wads_dist.shards.arguments import Parser, local_path
+from wads_dist.shards.names import category_problem, printable, quoted
 from wads_dist.training.loop import CategoryTraining, say
 
 

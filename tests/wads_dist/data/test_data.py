@@ -9,10 +9,6 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from shards.build import build
-from shards.errors import DataError
-from shards.source import Dataset
-from shards.verify import examine, verify
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config, DataConfig
@@ -21,6 +17,10 @@ from wads_dist.data.training import TrainingData, is_grey, mean_image, rank_samp
 from wads_dist.evaluation.evaluate import evaluate
 from wads_dist.evaluation.metrics import map_metrics
 from wads_dist.model.networks import Scored
+from wads_dist.shards.build import build
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
+from wads_dist.shards.verify import examine, verify
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -225,7 +225,7 @@ def test_shards_of_before_the_orientation_was_obeyed(
     """They are read upright, too. A mask that then does not fit its image is named, however the data set is opened; where no
     size tells, it is counted: had its file the tag as well, it was stored without."""
     with monkeypatch.context() as before:
-        before.setattr("shards.images.upright", lambda image: image)
+        before.setattr("wads_dist.shards.images.upright", lambda image: image)
         dataset = defects(tmp_path, [Image.new("RGB", (60, 40))], [Image.new("L", (60, 40), 255)], orientation)
     sizes = [(sample.width, sample.height) for _, sample in dataset.manifest("cat").samples()]
     assert sizes == [(60, 40)] * 3
@@ -256,7 +256,7 @@ def test_mean_image_is_the_mean_over_all_training_images(demo_shards: Path) -> N
 
 
 def test_texture_bank_of_a_folder_and_its_misuse(demo_shards: Path, tmp_path: Path) -> None:
-    from shards.build import build_textures
+    from wads_dist.shards.build import build_textures
 
     images = tmp_path / "images"
     images.mkdir()

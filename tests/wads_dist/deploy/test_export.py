@@ -8,8 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.command import main
-from launch.export import parse
 from tests.conftest import REPOSITORY, environment
 from wads_dist.common.errors import ExitCode, WadsError
 from wads_dist.config.load import load_config
@@ -26,6 +24,8 @@ from wads_dist.deploy.export import (
 )
 from wads_dist.deploy.predict import Description, load
 from wads_dist.evaluation.thresholds import Threshold
+from wads_dist.launch.command import run_command
+from wads_dist.launch.export import parse
 from wads_dist.model.bank import PatchBank
 from wads_dist.model.experts import Experts
 from wads_dist.model.features import load_network
@@ -252,7 +252,7 @@ def test_the_command_exports_into_the_categorys_folder_and_prints_json_alone(tmp
 def test_what_is_missing_is_named_and_has_its_exit_code(
     folder: str, images: Path | None, code: int, category: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ended = main(
+    ended = run_command(
         lambda _: export_command(category.parent / folder, tmp_path / "out", ["torch"], images, TOLERANCE, False), []
     )
     assert ended == code and "absent" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -20,10 +20,6 @@ from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from launch.predict import parse
-from launch.predict import predict as predict_from_command_line
-from shards.errors import DataError
-from shards.source import Dataset
 from tests.conftest import REPOSITORY, environment
 from wads_dist.common.errors import ExitCode, ModelFileError, WadsError
 from wads_dist.config.load import load_config
@@ -34,9 +30,13 @@ from wads_dist.deploy.predict_files import _batches, find_images, predict_files
 from wads_dist.evaluation.metrics import image_score
 from wads_dist.evaluation.scoring import predict as evaluation_predict
 from wads_dist.evaluation.thresholds import Threshold
+from wads_dist.launch.predict import parse
+from wads_dist.launch.predict import predict as predict_from_command_line
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import save_weights, trained_config
 from wads_dist.runs.folder import WEIGHTS
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
 
 SIZE = 64
 THRESHOLD = Threshold(0.25, 0.5, "normal images held out of training", 9, 0.01, 0.05, {})

@@ -9,9 +9,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from shards.build import build
-from shards.errors import DataError
-from shards.source import Dataset
 from wads_dist.common.errors import WadsError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
@@ -35,6 +32,9 @@ from wads_dist.evaluation.thresholds import Threshold
 from wads_dist.model.networks import Scored, Wads
 from wads_dist.model.weights import load_model, save_weights, trained_config
 from wads_dist.reporting.figures import chosen_rows, save_samples
+from wads_dist.shards.build import build
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -238,7 +238,7 @@ def test_a_perfect_reconstruction_follows_and_a_constant_one_does_not() -> None:
 @pytest.fixture(scope="module")
 def held_out_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A category large enough for some images to be held out: 24 training images, 3 good and 4 defective test images."""
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     out = tmp_path_factory.mktemp("held-out") / "shards"
     demo(out, categories=1, size=64, train=24, good=3, per_defect=1, workers=1, progress=False)
@@ -291,7 +291,7 @@ def test_what_a_threshold_cannot_do_stands_beside_the_metrics(config: Config, he
 
 
 def test_a_category_without_test_images_is_an_error(config: Config, tmp_path: Path) -> None:
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     demo(tmp_path / "out", categories=1, size=64, train=2, good=0, per_defect=0, workers=1, progress=False)
     with pytest.raises(DataError, match="no test images"):

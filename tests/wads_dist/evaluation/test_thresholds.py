@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.philox import shuffled
-from shards.source import Dataset
 from wads_dist.common.errors import ResumeError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
@@ -27,8 +25,10 @@ from wads_dist.evaluation.thresholds import (
     pixel_threshold,
     shortfall,
 )
+from wads_dist.kernels.philox import shuffled
 from wads_dist.model.networks import Scored, Wads
 from wads_dist.runs.record import open_run
+from wads_dist.shards.source import Dataset
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, 1, CPU)
@@ -45,7 +45,7 @@ def config(*overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One category of 24 training images."""
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     out = tmp_path_factory.mktemp("thresholds") / "shards"
     demo(out, categories=1, size=64, train=24, good=2, per_defect=1, workers=1, progress=False)

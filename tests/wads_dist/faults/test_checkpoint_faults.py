@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.demo import demo
 from tests.conftest import REPOSITORY, environment
 from tests.support.launching import BATCH, CATEGORY, STEPS, events, launched, unlaunched, wait_for
 from wads_dist.common.errors import ExitCode
+from wads_dist.shards.demo import demo
 from wads_dist.training.checkpoint_files import main as checkpoint_command
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1800)]

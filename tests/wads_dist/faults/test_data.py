@@ -19,7 +19,7 @@ SHORT = ["--trainer.samples", "16"]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six categories as built."""
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     out = tmp_path_factory.mktemp("whole") / "shards"
     demo(out, categories=6, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)

@@ -42,7 +42,7 @@ EIGHT = [*FOUR, "demo_bolt", "demo_button", "demo_chip", "demo_dial"]
 @pytest.fixture(scope="module")
 def shards(module_path: Path) -> Path:
     """All 15 demo categories, 8 training images each."""
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     out = module_path / "shards"
     demo(out, categories=15, size=64, train=8, good=3, per_defect=1, workers=1, progress=False)

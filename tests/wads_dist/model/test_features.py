@@ -14,9 +14,6 @@ import torchvision
 from safetensors.torch import save_file
 
 from benchmarks import patchcore
-from kernels.synthesis import whole_images
-from shards.errors import DataError
-from shards.source import Dataset
 from tests.wads_dist.programs.common import small_config
 from wads_dist.common.errors import ConfigError, ModelFileError, ModelWeightsError, NotFiniteError
 from wads_dist.common.ranks import Ranks
@@ -26,12 +23,15 @@ from wads_dist.data.training import TrainingSplit
 from wads_dist.deploy.predict import load, load_weights
 from wads_dist.evaluation.calibration import calibration_images, fit_experts, follows_input
 from wads_dist.evaluation.evaluate import evaluate
+from wads_dist.kernels.synthesis import whole_images
 from wads_dist.model import features
 from wads_dist.model.bank import choose_patches, nearest
 from wads_dist.model.experts import EXPERTS, PREFIX, TAIL, Experts, Surprise
 from wads_dist.model.features import SOURCES, load_network
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import load_model, save_weights
+from wads_dist.shards.errors import DataError
+from wads_dist.shards.source import Dataset
 
 LITE = "efficientnet_lite0"
 CPU = torch.device("cpu")

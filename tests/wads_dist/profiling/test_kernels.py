@@ -15,10 +15,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from kernels.objective import objective
-from launch.profile_kernels import main
 from tests.conftest import REPOSITORY, environment
 from wads_dist.common.errors import ExitCode
+from wads_dist.kernels.objective import objective
+from wads_dist.launch.profile_kernels import main
 from wads_dist.profiling import kernels, peers
 from wads_dist.profiling.kernels import bytes_and_operations, candidates, cases
 from wads_dist.profiling.peers import DTYPES, IMPLEMENTATIONS, PACKAGES, WEIGHTS, Case

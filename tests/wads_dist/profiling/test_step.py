@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.profile_step import parse
 from tests.conftest import REPOSITORY, environment
+from wads_dist.launch.profile_step import parse
 from wads_dist.profiling.step import PhaseClock
 
 TINY = (

@@ -6,11 +6,11 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from kernels.synthesis import Batch, synthesise
 from wads_dist.common.ranks import Ranks, unname_shared_memory
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
 from wads_dist.data.training import synthesis_settings
+from wads_dist.kernels.synthesis import Batch, synthesise
 from wads_dist.training.trainer import Trainer
 
 

@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import torch
 import torch.distributed as dist
 
-from shards.source import Dataset
 from tests.wads_dist.programs.common import leave, small_config
 from wads_dist.common.ranks import Ranks
 from wads_dist.evaluation.calibration import fit_experts
 from wads_dist.evaluation.evaluate import evaluate
 from wads_dist.model.features import load_network
 from wads_dist.model.networks import Wads
+from wads_dist.shards.source import Dataset
 
 if __name__ == "__main__":
     if int(os.environ["WORLD_SIZE"]) > 1:

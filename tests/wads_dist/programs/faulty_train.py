@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from torch import Tensor
 
-from kernels.synthesis import Batch
 from tests.support.train import train
 from wads_dist.data.training import TrainingData
+from wads_dist.kernels.synthesis import Batch
 
 SLOW_SECONDS = 1.5
 FAULTS = [fault for fault in json.loads(os.environ["FAULTS"]) if fault[1] == int(os.environ["RANK"])]

@@ -20,9 +20,9 @@ from exact_resume import assert_same, everything
 from lives import DATA
 from torch import Tensor
 
-from kernels.synthesis import Batch
 from tests.support.fake_gpu import Layouts
 from wads_dist.common.ranks import Ranks
+from wads_dist.kernels.synthesis import Batch
 from wads_dist.runs.record import code_version
 from wads_dist.training import checkpoint, engines
 from wads_dist.training.trainer import Trainer

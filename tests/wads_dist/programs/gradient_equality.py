@@ -10,7 +10,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Samples, join, leave, small_config, small_trainer
 
-from kernels.objective import ObjectiveWeights, objective
+from wads_dist.kernels.objective import ObjectiveWeights, objective
 from wads_dist.model.networks import Discriminator, Wads
 from wads_dist.training import engines
 from wads_dist.training.trainer import Trainer

@@ -8,8 +8,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from common import Samples, join, leave
 
-from shards.textures import procedural_textures
 from wads_dist.config.load import load_config
+from wads_dist.shards.textures import procedural_textures
 from wads_dist.training.trainer import Trainer
 
 

@@ -15,8 +15,8 @@ from exact_resume import assert_same, everything
 from lives import DATA
 from torch import Tensor
 
-from shards.source import Dataset
 from wads_dist.data.training import TrainingData
+from wads_dist.shards.source import Dataset
 from wads_dist.training import checkpoint
 from wads_dist.training.stopping import HeldOutScore, is_due
 from wads_dist.training.trainer import Trainer

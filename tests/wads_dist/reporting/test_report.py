@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from launch.report import main
 from tests.conftest import REPOSITORY, environment
+from wads_dist.launch.report import main
 from wads_dist.reporting import paper, report
 from wads_dist.reporting.charts import Chart, Series, compact
 from wads_dist.reporting.report import render, write_report

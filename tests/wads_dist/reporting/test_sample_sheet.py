@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 import wads_dist.reporting.sample_sheet
-from kernels.synthesis import synthesise
-from launch.show_samples import parse
-from shards.source import Dataset
 from wads_dist.common.errors import ConfigError, ExitCode
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
 from wads_dist.data.images import decode_entries
 from wads_dist.data.training import TrainingData
+from wads_dist.kernels.synthesis import synthesise
+from wads_dist.launch.show_samples import parse
 from wads_dist.reporting.sample_sheet import Synthesised, caption, sheet, show_samples
+from wads_dist.shards.source import Dataset
 
 CPU = torch.device("cpu")
 COUNT, COUNTED = 20, 80

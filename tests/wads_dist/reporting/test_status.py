@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.status import main
 from tests.conftest import REPOSITORY, environment
+from wads_dist.launch.status import main
 from wads_dist.reporting import status as module
 from wads_dist.reporting.status import Live, news, status_table
 from wads_dist.runs import events

@@ -5,24 +5,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launch.command import main
-from shards.source import Dataset
 from tests.wads_dist.scheduler.test_run import command
 from wads_dist.common.errors import ExitCode
 from wads_dist.config.load import load_config
 from wads_dist.evaluation.evaluate import save_threshold
+from wads_dist.launch.command import run_command
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import save_weights, trained_config
 from wads_dist.scheduler.rescore import evaluate_run, scoring_settings
+from wads_dist.shards.source import Dataset
 
 
 def test_evaluating_what_has_not_been_trained_is_explained(
     demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(evaluate_run, command(demo_shards, tmp_path)) == ExitCode.BAD_CONFIG
+    assert run_command(evaluate_run, command(demo_shards, tmp_path)) == ExitCode.BAD_CONFIG
     assert "no category has finished training" in capsys.readouterr().err
     assert (
-        main(evaluate_run, command(demo_shards, tmp_path, "--data.categories", "demo_biscuit")) == ExitCode.BAD_CONFIG
+        run_command(evaluate_run, command(demo_shards, tmp_path, "--data.categories", "demo_biscuit"))
+        == ExitCode.BAD_CONFIG
     )
     assert "the category has not finished training" in capsys.readouterr().err
 
@@ -53,7 +54,7 @@ def test_what_decides_model_or_split_cannot_be_changed_for_scoring(
     """Images that a model was trained on would pass for held out."""
     folder = trained(demo_shards, tmp_path)
     before = (folder / "metrics.json").read_text()
-    assert main(evaluate_run, command(demo_shards, tmp_path, *setting)) == ExitCode.REFUSED_RESUME
+    assert run_command(evaluate_run, command(demo_shards, tmp_path, *setting)) == ExitCode.REFUSED_RESUME
     assert said in capsys.readouterr().err and (folder / "metrics.json").read_text() == before
 
 
@@ -61,7 +62,7 @@ def test_how_a_model_is_scored_can_be_changed(demo_shards: Path, tmp_path: Path)
     folder = trained(demo_shards, tmp_path, undefined={"pixel": "x"}, bounds={"pixel_auroc": [0, 1]}, no_threshold="y")
     before = trained_config(folder)
     options = "--evaluation.score_window 5 --evaluation.batch_size 3 --evaluation.image_false_positive_rate 0.5"
-    assert main(evaluate_run, command(demo_shards, tmp_path, *options.split())) == 0
+    assert run_command(evaluate_run, command(demo_shards, tmp_path, *options.split())) == 0
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["samples"] == 48 and metrics["pixel_auroc"] is not None and "too few" in metrics["no_threshold"]
     assert not {"undefined", "bounds"} & metrics.keys()  # this evaluation has none

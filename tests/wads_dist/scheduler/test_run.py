@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from launch.command import main
 from tests.conftest import REPOSITORY, environment
 from tests.shards.host import serving
 from wads_dist.common.errors import ExitCode, ResumeError, WadsError
 from wads_dist.common.processes import free_port
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
+from wads_dist.launch.command import run_command
 from wads_dist.runs.leases import Owner, Queue
 from wads_dist.runs.record import Outcome, mean_of, open_run, record_summary, summarise
 from wads_dist.scheduler.categories import Plan
@@ -86,7 +86,7 @@ def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tm
     for name in summary["categories"]:
         for file in written:
             (run / name / file).unlink()
-    assert main(evaluate_run, ["--config", str(run / "config.toml")]) == 0
+    assert run_command(evaluate_run, ["--config", str(run / "config.toml")]) == 0
     again_mean = json.loads((run / "summary.json").read_text())["mean"]["pixel_auroc"]
     assert again_mean == pytest.approx(mean, abs=1e-6)
     name = next(iter(summary["categories"]))
@@ -183,7 +183,7 @@ def test_an_ended_supervisor_leaves_no_worker(
 def test_wrong_input_is_explained(
     arguments: list[str], code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(train_run, [*arguments, "--run.dir", str(tmp_path / "run")]) == code
+    assert run_command(train_run, [*arguments, "--run.dir", str(tmp_path / "run")]) == code
     assert text in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -192,7 +192,7 @@ def test_an_unknown_category_is_refused_with_the_known_ones(
     demo_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data.shards", str(demo_shards), "--run.dir", str(tmp_path), "--data.categories", "bottle"]
-    assert main(train_run, arguments) == ExitCode.BAD_DATA
+    assert run_command(train_run, arguments) == ExitCode.BAD_DATA
     assert "bottle" in (text := capsys.readouterr().err) and "demo_biscuit, demo_leafplate" in text
 
 
@@ -204,7 +204,7 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(
 
     open_run(config(), {})
     open_run(config("--checkpoint.keep", "5"), {})  # changes nothing that is learnt
-    assert main(train_run, command(demo_shards, tmp_path, "--trainer.seed", "1")) == ExitCode.REFUSED_RESUME
+    assert run_command(train_run, command(demo_shards, tmp_path, "--trainer.seed", "1")) == ExitCode.REFUSED_RESUME
     assert "trainer.seed: 0 → 1" in capsys.readouterr().err
 
 
@@ -215,7 +215,7 @@ def test_a_run_from_before_eq_3_6_had_a_direction_goes_on_as_it_was_or_not_at_al
     record = tmp_path / "config.toml"
     newer = ("direction", "mask_rule")  # which a record of then has not
     record.write_text("".join(line for line in record.read_text().splitlines(True) if not line.startswith(newer)))
-    assert main(train_run, command(demo_shards, tmp_path)) == ExitCode.REFUSED_RESUME
+    assert run_command(train_run, command(demo_shards, tmp_path)) == ExitCode.REFUSED_RESUME
     said = capsys.readouterr().err
     assert "objective.kl.direction: reverse → printed" in said and "mask_rule" not in said
     open_run(load_config(command(demo_shards, tmp_path, "--objective.kl.direction", "reverse")), {})
@@ -225,7 +225,7 @@ def test_a_damaged_record_is_named(demo_shards: Path, tmp_path: Path, capsys: py
     open_run(load_config(command(demo_shards, tmp_path)), {})
     for damage in (b"\xff", b"[[", b"[trainer]\nbatch = 1\n"):
         (tmp_path / "config.toml").write_bytes(damage)
-        assert main(train_run, command(demo_shards, tmp_path)) == ExitCode.REFUSED_RESUME
+        assert run_command(train_run, command(demo_shards, tmp_path)) == ExitCode.REFUSED_RESUME
         assert "config.toml" in (text := capsys.readouterr().err) and "--run.dir" in text
 
 
@@ -255,7 +255,10 @@ def test_another_deepspeed_file_or_other_data_is_refused(demo_shards: Path, tmp_
 def test_what_every_worker_would_fail_on_is_refused_before_the_first(
     demo_shards: Path, tmp_path: Path, setting: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(train_run, command(demo_shards, tmp_path / "run", *setting)) in (ExitCode.BAD_CONFIG, ExitCode.BAD_DATA)
+    assert run_command(train_run, command(demo_shards, tmp_path / "run", *setting)) in (
+        ExitCode.BAD_CONFIG,
+        ExitCode.BAD_DATA,
+    )
     assert text in capsys.readouterr().err.replace("\n", "")
     assert not (tmp_path / "run").exists()
 
@@ -301,7 +304,7 @@ def test_slurm_tasks_without_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_supervisor_loads_neither_networks_nor_kernels() -> None:
     """Every rank starts one before its worker."""
-    heavy = ("torchvision", "torch._dynamo", "matplotlib", "kernels.synthesis")
+    heavy = ("torchvision", "torch._dynamo", "matplotlib", "wads_dist.kernels.synthesis")
     code = f"import sys, wads_dist.scheduler.run; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -6,11 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from launch.sweep import parse
 from wads_dist.common.errors import ConfigError, ExitCode
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
 from wads_dist.evaluation.lbp import lbp_maps
+from wads_dist.launch.sweep import parse
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import save_weights
 from wads_dist.reporting import paper

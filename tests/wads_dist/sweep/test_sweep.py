@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launch.sweep import parse
-from shards.addresses import VARIABLE
 from tests.conftest import REPOSITORY, environment
 from tests.support.launching import events, processes
 from wads_dist.common.errors import ConfigError, ExitCode, ResumeError
+from wads_dist.launch.sweep import parse
 from wads_dist.runs.folder import METRICS
 from wads_dist.runs.leases import Owner, Queue
 from wads_dist.runs.reader import CategoryStatus
+from wads_dist.shards.addresses import VARIABLE
 from wads_dist.sweep import slurm
 from wads_dist.sweep.plan import Run, load, open_sweep, parse_grid, plan_runs, read_record, read_variants, record
 from wads_dist.sweep.run import sweep

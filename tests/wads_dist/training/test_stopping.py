@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shards.source import Dataset
 from tests.wads_dist.programs.common import small_config
 from wads_dist.common.errors import ConfigError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import StoppingConfig
 from wads_dist.data.training import TrainingData
 from wads_dist.runs.events import History
+from wads_dist.shards.source import Dataset
 from wads_dist.training.stopping import HeldOutScore, best_of, is_due, is_over
 from wads_dist.training.trainer import Progress
 

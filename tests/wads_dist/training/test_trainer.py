@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.synthesis import Batch
 from wads_dist.common.errors import NotFiniteError
 from wads_dist.common.heartbeat import Pulse
 from wads_dist.config.load import load_config
+from wads_dist.kernels.synthesis import Batch
 from wads_dist.model.networks import Discriminator
 from wads_dist.training.checkpoint import zero_stage
 from wads_dist.training.engines import LossScale

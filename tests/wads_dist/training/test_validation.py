@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shards.source import Dataset
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
@@ -16,6 +15,7 @@ from wads_dist.data.images import decode_entries
 from wads_dist.data.training import TrainingData, TrainingSplit
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import separate_model
+from wads_dist.shards.source import Dataset
 from wads_dist.training.trainer import Progress
 from wads_dist.training.validation import COUNT, ValidationSamples, validation_figure
 
@@ -78,7 +78,7 @@ def test_their_masks_are_none_that_training_draws(data: TrainingData, samples: V
 
 
 def test_they_are_of_images_held_out_and_say_whose_they_are(tmp_path: Path, config: Config) -> None:
-    from shards.demo import demo
+    from wads_dist.shards.demo import demo
 
     demo(tmp_path, categories=1, size=64, train=20, good=1, per_defect=0, workers=1, progress=False)
     dataset, sources = Dataset.open(tmp_path), []

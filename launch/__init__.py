@@ -1,0 +1,1 @@
+"""The commands: each parses what was typed, calls one function, and returns its exit code."""
