@@ -38,19 +38,19 @@ lint: setup
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-# Tests that kill real processes or measure have the machine to themselves. The others run side by side, with a thread each: a
-# test that is about threads sets their number.
-ALONE := fault or cluster or slurm or alone
+# Tests that kill real processes mostly wait, so that three files at a time share the cores; those that measure have the machine
+# to themselves. The others run with a thread each: a test that is about threads sets their number.
+FAULTS := (fault or cluster or slurm) and not alone
 PYTEST := pytest --durations 20 --durations-min 10 -m "not gpu and not long and
 test: SHELL := /bin/bash
 test: lint ## check style and types, and run every test that needs no GPU
-	@# Both parts run, whatever becomes of the first, whose last line stands beside that of the second in the end.
-	@$(RUN); export PATH; log=$$(mktemp); failed=0; trap 'exit 130' INT; \
-	echo "== side by side: all but: $(ALONE)"; \
-	( set -o pipefail; OMP_NUM_THREADS=1 $(PYTEST) not ($(ALONE))" -n logical --maxprocesses 8 --dist loadfile | tee $$log ) || failed=1; \
-	echo "== alone: $(ALONE)"; \
-	$(PYTEST) ($(ALONE))" || failed=1; \
-	tail -n 1 $$log; rm $$log; exit $$failed
+	@# All parts run, whatever becomes of one; their last lines stand together in the end.
+	@$(RUN); export PATH; logs=$$(mktemp -d); failed=0; trap 'exit 130' INT; set -o pipefail; \
+	part() { echo "== $$1"; shift; "$$@" | tee $$logs/$$(ls $$logs | wc -l) || failed=1; }; \
+	part "side by side" env OMP_NUM_THREADS=1 $(PYTEST) not (alone or $(FAULTS))" -n logical --maxprocesses 8 --dist loadfile; \
+	part "faults" $(PYTEST) $(FAULTS)" -n 3 --dist loadfile; \
+	part "alone" $(PYTEST) alone"; \
+	tail -qn 1 $$logs/*; rm -r $$logs; exit $$failed
 
 test-fast: setup ## the tests that take seconds
 	$(RUN) pytest -m "not gpu and not slow and not fault and not cluster and not slurm"

@@ -49,6 +49,14 @@ def category_problem(name: str) -> str | None:
     return f"stands for something else already, as do {', '.join(sorted(RESERVED))}" if taken else None
 
 
+def require_category(name: object) -> None:
+    """Raises ValueError if what a file says is a category's name cannot be one."""
+    if not isinstance(name, str):
+        raise ValueError(f"the category {name!r} is no text")
+    if problem := category_problem(name):
+        raise ValueError(f"the category {quoted(name)} {problem}")
+
+
 def shard_problem(name: str) -> str | None:
     """Why `name` cannot name a shard, a tar in its category's folder."""
     if problem := text_problem(name):

@@ -22,24 +22,21 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import safe_open
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
 from wads_dist.common.errors import ModelFileError, WadsError, is_out_of_memory
-from wads_dist.config.load import written_sections
-from wads_dist.config.schema import Config, DataConfig, EvaluationConfig, ExpertsConfig, FeaturesConfig, ModelConfig
 from wads_dist.deploy.defaults import OVERLAP
 from wads_dist.deploy.tiles import Floats, score_in_tiles
 from wads_dist.evaluation.metrics import image_score
 from wads_dist.kernels.synthesis import whole_images
-from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Wads
+from wads_dist.model.weights import read_model
 from wads_dist.reporting.colours import heat_colours, levels
 from wads_dist.runs.folder import THRESHOLD, WEIGHTS
 from wads_dist.shards.errors import DataError
 from wads_dist.shards.images import load_image, to_rgb, upright
-from wads_dist.shards.names import category_problem, quoted
+from wads_dist.shards.names import require_category
 
 DESCRIPTION = "wads"  # key of the description in the metadata of an exported model
 OUTLINE = (0, 255, 255)
@@ -301,46 +298,15 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
         ModelFileError: no such file, or one without what this version needs.
     """
     path = path / WEIGHTS if path.is_dir() else path
-    if not path.is_file():
-        raise ModelFileError(
-            f"{path}: no such file; give RUN/CATEGORY of a category that has finished training, or an exported model.onnx"
-        )
+    model = read_model(path)
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        config = written_sections(header["config"])
-        # The sections that matter here only, so that settings of another version elsewhere do no harm.
-        data, evaluation = DataConfig(**config["data"]), EvaluationConfig(**config["evaluation"])
-        architecture = ModelConfig(**config["model"] | {"weights": "random", "freeze_batchnorm": False})
-        settings = Config(
-            model=architecture,
-            features=FeaturesConfig(**config.get("features", {}) | {"weights": None}),
-            experts=ExpertsConfig(**config.get("experts", {})),
-        )
-        with torch.device("meta"):
-            model = Wads(architecture, data.image_size)
-            model.make_room(settings, state)
-        model.load_state_dict(state, assign=True)
-        use_kernels(model, "torch")  # Triton asks for a compiler, which there need not be where a model is used
-        threshold = json.loads(header.get("threshold", "null"))
-        check_category(header["category"])
-    except Exception as error:
-        raise ModelFileError(
-            f"{path}: not weights that this version of WADS-dist has written ({type(error).__name__}: {error})"
-        ) from error
+        threshold = json.loads(model.header.get("threshold", "null"))
+    except ValueError as error:
+        raise ModelFileError(f"{path}: its header's threshold is not JSON ({error})") from error
     if (beside := path.with_name(THRESHOLD)).is_file():
         threshold = _read_threshold(beside, threshold)
-    sizes = data.image_size, data.store_size, evaluation.score_window
-    return model.eval(), Description(header["category"], *sizes, threshold), header
-
-
-def check_category(name: object) -> None:
-    """Raises ValueError if what a file says is its model's category cannot be one."""
-    if not isinstance(name, str):
-        raise ValueError(f"the category {name!r} is no text")
-    if problem := category_problem(name):
-        raise ValueError(f"the category {quoted(name)} {problem}")
+    sizes = model.data.image_size, model.data.store_size, model.evaluation.score_window
+    return model.network, Description(model.category, *sizes, threshold), model.header
 
 
 def _read_threshold(path: Path, of_training: dict[str, Any] | None) -> dict[str, Any]:
@@ -391,7 +357,7 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description, i
         session = onnxruntime.InferenceSession(path, providers=providers)
         content = json.loads(session.get_modelmeta().custom_metadata_map[DESCRIPTION])
         description = Description(**{name: content[name] for name in Description.__dataclass_fields__})
-        check_category(description.category)
+        require_category(description.category)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}" if path.is_file() else "no such file"
         raise ModelFileError(f"{path}: not a model that launch/export.py has written ({problem})") from error

@@ -1,6 +1,7 @@
 """Trained weights as files: ``weights.safetensors`` with the configuration in its header."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,18 +10,74 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from wads_dist.common.errors import ModelFileError
-from wads_dist.config.load import recorded_config
-from wads_dist.config.schema import Config
+from wads_dist.config.load import recorded_config, written_sections
+from wads_dist.config.schema import Config, DataConfig, EvaluationConfig, ExpertsConfig, FeaturesConfig, ModelConfig
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Wads
 from wads_dist.runs.folder import WEIGHTS
+from wads_dist.shards.names import require_category
+
+RANDOM = {"weights": "random", "freeze_batchnorm": False}
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained category as its weights alone tell it."""
+
+    network: Wads
+    """In evaluation mode, fp32, on the CPU; without Triton, which asks for a compiler that there need not be here."""
+    category: str
+    data: DataConfig
+    evaluation: EvaluationConfig
+    header: dict[str, str]
+
+
+def read_model(path: Path) -> TrainedModel:
+    """A category's folder, or its weights. Only those sections of its configuration are read that a network needs, so that
+    settings of another version elsewhere do no harm.
+
+    Raises:
+        ModelFileError: no such file, or one without what this version needs.
+    """
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.is_file():
+        raise ModelFileError(
+            f"{path}: no such file; give RUN/CATEGORY of a category that has finished training, or an exported model.onnx"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        sections = written_sections(header["config"])
+        data, evaluation = DataConfig(**sections["data"]), EvaluationConfig(**sections["evaluation"])
+        settings = Config(
+            model=ModelConfig(**sections["model"] | RANDOM),
+            features=FeaturesConfig(**sections.get("features", {}) | {"weights": None}),
+            experts=ExpertsConfig(**sections.get("experts", {})),
+        )
+        network = _built(settings, data.image_size, state)
+        use_kernels(network, "torch")
+        require_category(header["category"])
+    except Exception as error:
+        raise ModelFileError(
+            f"{path}: not weights that this version of WADS-dist has written ({type(error).__name__}: {error})"
+        ) from error
+    return TrainedModel(network, header["category"], data, evaluation, header)
 
 
 def separate_model(config: Config, state: dict[str, Tensor]) -> Wads:
-    """The network of ``state`` in evaluation mode, fp32, on the CPU; made without drawing initial weights."""
-    architecture = config.model.model_copy(update={"weights": "random", "freeze_batchnorm": False})
+    """The network of ``state``, without experts, in evaluation mode, fp32, on the CPU."""
+    without = config.model_copy(
+        update={"model": config.model.model_copy(update={"features": "none"}), "experts": ExpertsConfig()}
+    )
+    return _built(without, config.data.image_size, state)
+
+
+def _built(config: Config, image_size: int, state: dict[str, Tensor]) -> Wads:
+    """Without drawing initial weights, and without downloading any, since they are about to be replaced."""
     with torch.device("meta"):
-        model = Wads(architecture, config.data.image_size)
+        model = Wads(config.model.model_copy(update=RANDOM), image_size)
+        model.make_room(config, state)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -82,14 +139,9 @@ def load_model(folder: Path, config: Config, device: torch.device) -> Wads:
         ModelFileError: the folder holds no weights, or weights of another architecture.
     """
     path = _weights(folder)
-    # The weights are about to be replaced: building with random ones needs no download.
-    architecture = config.model.model_copy(update={"weights": "random", "freeze_batchnorm": False})
-    model = Wads(architecture, config.data.image_size)
     try:
-        state = load_file(path)
-        model.make_room(config, state)
-        model.load_state_dict(state)
+        model = _built(config, config.data.image_size, load_file(path))
     except Exception as error:
         raise ModelFileError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
     use_kernels(model, config.trainer.kernels)
-    return model.to(device).eval()
+    return model.to(device)
