@@ -236,7 +236,7 @@ def test_onnx_without_its_packages_says_how_to_get_them(
     category: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WadsError, match="pip install .*onnxruntime"):
+    with pytest.raises(WadsError, match=r"pip install .*onnxruntime"):
         export(category, tmp_path / "out", ["onnx"])
 
 
