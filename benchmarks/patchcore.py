@@ -13,14 +13,11 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wads_dist.common.errors import ModelWeightsError
 from wads_dist.common.ranks import Ranks

@@ -19,8 +19,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from wads_dist.common.errors import ConfigError, WadsError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config

@@ -1,29 +1,25 @@
-"""Measures ranks for benchmarks/scaling.py: steps, messages, collectives and bytes, checkpoints.
+"""Ranks: what their steps, messages and checkpoints take, and how many bytes they send. JSON on standard output.
 
     deepspeed benchmarks/scaling_ranks.py --config configs/mvtec.toml [--SECTION.FIELD VALUE ...]
 
-measures the ranks that were launched, on random images, and prints what ``benchmarks/scaling.py`` wants to know of them.
+measures the ranks that were launched, on random images: steps at the configured share of the batch and at twice that (if twice
+the samples take no longer, the host is the limit), collectives, and a checkpoint into the temporary folder (TMPDIR), which
+several hosts must share.
 """
 
-import gc
 import json
-import multiprocessing
 import os
 import socket
 import struct
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
@@ -37,19 +33,16 @@ from torch.utils._pytree import tree_leaves
 from wads_dist.common.processes import leave
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.deepspeed import read_settings
-from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config, resolve_batches
 from wads_dist.launch.command import run_command
-from wads_dist.model.networks import Discriminator, Wads
-from wads_dist.profiling.scaling import Compute, Networks, checkpoint_bytes, sent_bytes, step_collectives
 from wads_dist.profiling.step import RandomImages
+from wads_dist.scheduler.rendezvous import unless_launched
 from wads_dist.training import checkpoint
 from wads_dist.training.loop import initialise
 from wads_dist.training.trainer import Trainer
 
 MESSAGES = (80, 16 << 20)
 """Bytes of a message that is all latency, and of one that is mostly bandwidth."""
-SPAWN = multiprocessing.get_context("spawn")
 
 
 class Sent(TorchDispatchMode):
@@ -78,13 +71,6 @@ def tcp_bytes_sent() -> int:
     return total
 
 
-def networks_of(config: Config) -> Networks:
-    with torch.device("meta"):
-        modules = Wads(config.model, config.data.image_size), Discriminator(config.data.image_size, config.model.width)
-    generator_segmenter, discriminator = (tuple(p.numel() for p in module.parameters()) for module in modules)
-    return Networks(generator_segmenter, discriminator, sum(b.nbytes for module in modules for b in module.buffers()))
-
-
 class Rank:
     """One rank of a world, and what it can measure. Every method is collective."""
 
@@ -108,10 +94,6 @@ class Rank:
         trainer = self.trainers[stage]
         trainer.config, trainer.micro_batch_size = config, batch
         return trainer
-
-    def forget(self) -> None:
-        self.trainers.clear()
-        gc.collect()
 
     def timed(self, action: Callable[[], object], count: int) -> float:
         """Median seconds; one more before is not counted."""
@@ -140,138 +122,36 @@ class Rank:
         return {way: [self.timed(partial(call, t), count) for t in tensors] for way, call in ways.items()}
 
     def sends(self, stage: int) -> dict[str, float]:
-        """Of a step: collectives called, bytes of their tensors, bytes TCP sent for them, averaged over ranks; and formulas."""
-        trainer, world = self.trainer(stage, 2), self.ranks.world_size
-        formula = step_collectives(networks_of(self.config), stage, world)
+        """Of a step: collectives called, bytes of their tensors, bytes that TCP sent for them, averaged over ranks."""
+        trainer = self.trainer(stage, 2)
         self.ranks.barrier()
         before = tcp_bytes_sent()
         with Sent() as sent:
             trainer.step(0)
-        return {
-            "calls": sent.calls,
-            "calls, formula": sum(call.count for call in formula),
-            "bytes": sent.bytes,
-            "bytes, formula": sum(call.count * call.size for call in formula),
-            "TCP": fmean(self.ranks.gather(tcp_bytes_sent() - before)),
-            "TCP, formula": sum(sent_bytes(call, world, gloo=True) for call in formula),
-        }
+        return {"calls": sent.calls, "bytes": sent.bytes, "TCP": fmean(self.ranks.gather(tcp_bytes_sent() - before))}
 
     def saves(self, stage: int) -> dict[str, float]:
-        """Bytes of a checkpoint, and the formula's; the seconds it takes."""
+        """Bytes of a checkpoint, and the seconds it takes."""
         with tempfile.TemporaryDirectory() as folder:
             saved = checkpoint.save(self.trainer(stage, 2), Path(self.ranks.gather(folder)[0]), DATA)
             self.ranks.barrier()
         assert saved.path, saved
-        formula = checkpoint_bytes(networks_of(self.config), stage, self.ranks.world_size)
-        return {"bytes": saved.bytes, "bytes, formula": formula, "seconds": saved.seconds}
-
-
-def serve(pipe: Connection, environment: dict[str, str], options: list[str]) -> None:
-    """Does what comes through the pipe, until it closes; replies with the result, or with what went wrong."""
-    os.environ.update(environment)
-    warnings.simplefilter("ignore")
-    for stream in (1, 2):  # DeepSpeed's chatter
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    try:
-        rank = Rank(load_config(options))
-        while True:
-            name, arguments = pipe.recv()
-            pipe.send(getattr(rank, name)(**arguments))
-    except EOFError:
-        os._exit(0)
-    except Exception:
-        pipe.send(RuntimeError(traceback.format_exc()))
-        os._exit(1)
-
-
-def lone_world(size: int) -> dict[str, str]:
-    """The environment of a world on this machine."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
-    return address | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), str(size))
-
-
-class World:
-    """CPU ranks in processes of their own, idle unless asked."""
-
-    def __init__(self, size: int, options: list[str]) -> None:
-        place = lone_world(size) | {"DS_ACCELERATOR": "cpu"}
-        self.pipes, self.processes = [], []
-        for rank in range(size):
-            ours, theirs = SPAWN.Pipe()
-            environment = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self.processes.append(SPAWN.Process(target=serve, args=(theirs, environment, options), daemon=True))
-            self.processes[-1].start()
-            theirs.close()
-            self.pipes.append(ours)
-
-    def send(self, name: str, **arguments: Any) -> None:
-        for pipe in self.pipes:
-            pipe.send((name, arguments))
-
-    def result(self) -> Any:
-        """The first rank's, when all have replied."""
-        replies = [pipe.recv() for pipe in self.pipes]
-        for error in (reply for reply in replies if isinstance(reply, Exception)):
-            raise error
-        return replies[0]
-
-    def ask(self, name: str, **arguments: Any) -> Any:
-        self.send(name, **arguments)
-        return self.result()
-
-    def close(self) -> None:
-        """Ends the ranks."""
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
-            pipe.close()
-            process.join()
-
-
-def cpu_seconds_of_others(worlds: list[World]) -> float:
-    """CPU time that the machine has spent so far on anything but these ranks, other virtual machines included (Linux)."""
-    ticks = [int(part) for part in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
-    for process in (process for world in worlds for process in world.processes):
-        own = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += [-int(own[11]), -int(own[12])]
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # less idle, less waiting for disks
-
-
-def fit_compute(times: dict[int, float]) -> Compute:
-    """A line through the seconds of a step at two numbers of samples."""
-    (few, short), (many, long) = sorted(times.items())
-    sample = (long - short) / (many - few)
-    return Compute(sample, short - few * sample)
-
-
-def fit_links(times: dict[str, list[float]], ranks: int) -> dict[str, dict[str, float]]:
-    """Latency of a hop and bandwidth of a ring, by way, from the seconds of MESSAGES."""
-    links = {}
-    for way, (short, long) in times.items():
-        turns = (1 if way == "all-gather" else 2) * (ranks - 1)
-        bandwidth = turns / ranks * (MESSAGES[1] - MESSAGES[0]) / (long - short)
-        links[way] = {"latency": short / turns, "bandwidth": bandwidth}
-    return links
+        return {"bytes": saved.bytes, "seconds": saved.seconds}
 
 
 def measure(config: Config) -> int:
     """Measures the launched ranks and prints what it found, as JSON."""
     warnings.simplefilter("ignore")
-    if "RANK" not in os.environ:
-        os.environ.update(lone_world(1), RANK="0", LOCAL_RANK="0")
+    unless_launched()
     rank = Rank(config)
     world, share = rank.ranks.world_size, resolve_batches(config, rank.ranks.world_size)[0]
-    stage = int(json.loads(read_settings(config)[0].read_text())["zero_optimization"]["stage"])
-    times = {batch: rank.step(stage, batch, 5) for batch in (share, 2 * share)}
-    compute = fit_compute(times)
+    stage = int(read_settings(config)[1]["zero_optimization"]["stage"])
     found: dict[str, Any] = {
         "ranks": world,
         "device": torch.cuda.get_device_name() if rank.ranks.device.type == "cuda" else "cpu",
         "zero_stage": stage,
-        "ms_per_step": {f"{batch} samples a rank": 1000 * seconds for batch, seconds in times.items()},
-        "ms_per_sample": 1000 * compute.sample,
-        "ms_per_step_besides": 1000 * compute.step,  # with more than one rank, communication among it
-        "links": fit_links(rank.messages(5), world) if world > 1 else {},
+        "ms_per_step": {f"{batch} samples a rank": 1000 * rank.step(stage, batch, 5) for batch in (share, 2 * share)},
+        "seconds_of_80_bytes_and_16_MiB": rank.messages(5) if world > 1 else {},
         "a_step_sends": rank.sends(stage),
         "checkpoint": rank.saves(stage),
     }
