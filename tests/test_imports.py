@@ -1,4 +1,4 @@
-"""Imports run one way, and no file is imported by what it imports."""
+"""Imports run one way, no file is imported by what it imports, and no function is longer than a screen."""
 
 import ast
 import re
@@ -64,3 +64,15 @@ def test_there_are_no_circles() -> None:
         TopologicalSorter({module: to - {module} for module, to in GRAPH.items()}).prepare()
     except CycleError as error:
         pytest.fail(" → ".join(error.args[1]))
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    """But for kernels, whose body is one thought."""
+    long = [
+        f"{module}.{node.name}"
+        for module in GRAPH
+        if package(module) != "kernels"
+        for node in ast.walk(ast.parse(source(module)))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long

@@ -7,6 +7,7 @@ and the run would silently not be the one that was asked for.
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,19 +69,45 @@ def deepspeed_config(config: Config, world_size: int, stage: int | None = None) 
     # Always filled: DeepSpeed's own default is 1.0, not off.
     fill("gradient_clipping", config.trainer.gradient_clipping, "trainer.gradient_clipping")
 
+    problems += _misplaced(path, settings)
+    zero, of_file, wrong = _zero_block(path, settings, config)
+    problems += wrong
+    if problems:
+        raise ConfigError(problems)
+    # By default the throughput timer waits for the device at every forward pass and in every step of either engine: five
+    # times a step.
+    timers = settings.get("timers", {})
+    settings["timers"] = timers | {"throughput": {"enabled": False} | timers.get("throughput", {})}
+    if stage is None:
+        stage = of_file
+    elif stage != of_file:
+        zero = {name: value for name, value in zero.items() if name != "compute_grad_norm"} | {"stage": stage}
+        settings["zero_optimization"] = zero
+    if stage in (1, 2) and not config.trainer.gradient_clipping:
+        # The trainer has looked at all gradients before it lets an engine step; DeepSpeed would take their norm again, and
+        # wait for the device to read it. (At ZeRO-3 it always does.)
+        settings["zero_optimization"] = {"compute_grad_norm": False} | zero
+    return settings
+
+
+def _misplaced(path: Path, settings: dict[str, Any]) -> Iterator[str]:
+    """What is in the file and is decided elsewhere, or needs what is not installed."""
     owners = {
         "optimizer": "Adam with trainer.learning_rate and trainer.betas is built by the trainer",
         "scheduler": "use trainer.schedule and trainer.warmup",
         "elasticity": "DeepSpeed removed elastic training",
     }
-    problems += [f"{path}: {key} does not belong here: {why}" for key, why in owners.items() if key in settings]
+    yield from (f"{path}: {key} does not belong here: {why}" for key, why in owners.items() if key in settings)
     for block in ("fp16", "bf16", "bfloat16", "amp", "torch_autocast"):
         if _enabled(settings.get(block)):
-            problems.append(f"{path}: {block}.enabled does not belong here: use trainer.precision")
-
+            yield f"{path}: {block}.enabled does not belong here: use trainer.precision"
     if _enabled(settings.get("tensorboard")) and importlib.util.find_spec("tensorboard") is None:
-        problems.append(f"{path}: tensorboard is enabled but not installed: pip install tensorboard")
+        yield f"{path}: tensorboard is enabled but not installed: pip install tensorboard"
 
+
+def _zero_block(path: Path, settings: dict[str, Any], config: Config) -> tuple[dict[str, Any], int, list[str]]:
+    """The file's ``zero_optimization``, its stage, and what is wrong with them."""
+    problems = []
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
         problems.append(f'{path}: zero_optimization is {zero!r}; must be an object, such as {{"stage": 1}}')
@@ -99,22 +126,7 @@ def deepspeed_config(config: Config, world_size: int, stage: int | None = None) 
                 f"{path}: zero_optimization.{block} is not supported: gradients would be out of reach of the check that "
                 "decides whether a step is taken"
             )
-    if problems:
-        raise ConfigError(problems)
-    # By default the throughput timer waits for the device at every forward pass and in every step of either engine: five
-    # times a step.
-    timers = settings.get("timers", {})
-    settings["timers"] = timers | {"throughput": {"enabled": False} | timers.get("throughput", {})}
-    if stage is None:
-        stage = of_file
-    elif stage != of_file:
-        zero = {name: value for name, value in zero.items() if name != "compute_grad_norm"} | {"stage": stage}
-        settings["zero_optimization"] = zero
-    if stage in (1, 2) and not config.trainer.gradient_clipping:
-        # The trainer has looked at all gradients before it lets an engine step; DeepSpeed would take their norm again, and
-        # wait for the device to read it. (At ZeRO-3 it always does.)
-        settings["zero_optimization"] = {"compute_grad_norm": False} | zero
-    return settings
+    return zero, of_file, problems
 
 
 def with_monitors(settings: dict[str, Any], run: Path, category: str) -> dict[str, Any]:

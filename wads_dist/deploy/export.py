@@ -87,23 +87,8 @@ def export(
     model, description, header = load_weights(folder)
     weights = folder / WEIGHTS if folder.is_dir() else folder
     module = Deployed(model, description).eval()
-    size, store, side = description.image_size, description.store_size, module.side
-    content = {
-        "wads_dist": __version__,
-        "torch": version("torch"),
-        "weights_sha256": sha256_file(weights),
-        **asdict(description),
-        "preprocessing": {
-            "colour": "RGB; transparency over white; 16 bits divided by 257; turned upright by EXIF orientation",
-            "resize": f"to {store}x{store}, aspect not kept, Pillow's BILINEAR (antialiased), 8 bits"
-            + ("" if side == store else f"; then to {size}x{size}, bilinear, half-pixel centres, not antialiased"),
-            "scale": "divided by 255",
-            "tensor": f"image: float32 [N, 3, {side}, {side}] in [0, 1]",
-        },
-        "outputs": list(OUTPUTS),
-        "config": public(header["config"]),  # an earlier version may have written credentials there
-        "features": json.loads(header.get("features", "null")),
-    }
+    side = module.side
+    content = described(description, header, weights, side)
     tensors = parity_images(images, description, side)
     batches = [part for part in (tensors[:1], *tensors[1:].split(5)) if len(part)]  # of 1, of 5, and of what is left
     expected = [module(batch) for batch in batches]
@@ -123,16 +108,42 @@ def export(
             "agrees": agrees,
         }
         if agrees:
-            for name, file in FILES.items():
-                if name in formats:
-                    os.replace(Path(temporary) / file, out / file)
-                else:
-                    (out / file).unlink(missing_ok=True)
-            write_atomically(out / MODEL_JSON, json.dumps(content, indent=1) + "\n")
+            publish(content, Path(temporary), out)
         else:
             # Tells a network that rounding alone moves so much from an export that is wrong.
             content["checkpoint_rounding"] = largest_differences(expected, in_fp64(module), batches)
     return content
+
+
+def publish(content: dict[str, Any], made: Path, out: Path) -> None:
+    """Moves the formats to where they belong, and ``model.json`` last."""
+    for name, file in FILES.items():
+        if name in content["formats"]:
+            os.replace(made / file, out / file)
+        else:
+            (out / file).unlink(missing_ok=True)
+    write_atomically(out / MODEL_JSON, json.dumps(content, indent=1) + "\n")
+
+
+def described(description: Description, header: dict[str, str], weights: Path, side: int) -> dict[str, Any]:
+    """What ``model.json`` says before anything is exported; ``side``: of the images that the model takes."""
+    size, store = description.image_size, description.store_size
+    return {
+        "wads_dist": __version__,
+        "torch": version("torch"),
+        "weights_sha256": sha256_file(weights),
+        **asdict(description),
+        "preprocessing": {
+            "colour": "RGB; transparency over white; 16 bits divided by 257; turned upright by EXIF orientation",
+            "resize": f"to {store}x{store}, aspect not kept, Pillow's BILINEAR (antialiased), 8 bits"
+            + ("" if side == store else f"; then to {size}x{size}, bilinear, half-pixel centres, not antialiased"),
+            "scale": "divided by 255",
+            "tensor": f"image: float32 [N, 3, {side}, {side}] in [0, 1]",
+        },
+        "outputs": list(OUTPUTS),
+        "config": public(header["config"]),  # an earlier version may have written credentials there
+        "features": json.loads(header.get("features", "null")),
+    }
 
 
 def parity_images(source: Path | None, description: Description, side: int) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import resource
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,21 @@ def threads_of(config: Config) -> int:
     return config.trainer.threads or max(1, (os.cpu_count() or 1) // Ranks.from_environment().local_world_size)
 
 
+def profiled(take: Callable[[int], None], device: torch.device, trace: Path | None) -> tuple[profile, int]:
+    """torch's profile of two steps (``trace``: where it goes as a Chrome trace), and the FLOPs of one."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as profiler:
+        take(2)
+        synchronise(device)
+    if trace:
+        profiler.export_chrome_trace(str(trace))
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Untracked()  # type: ignore[assignment]
+    with counter:
+        take(1)
+    return profiler, counter.get_total_flops()
+
+
 def measure(config: Config, ranks: Ranks, steps: int, trace: Path | None = None) -> dict[str, Any]:
     """The accounting of ``steps`` steps of this rank, as a JSON object; with ``trace``, a Chrome trace of two more."""
     clock, on_gpu = PhaseClock(ranks.device), ranks.device.type == "cuda"
@@ -119,18 +135,9 @@ def measure(config: Config, ranks: Ranks, steps: int, trace: Path | None = None)
     seconds = (time.perf_counter() - started) / steps
     phases = {name: value / steps for name, value in clock.take().items() if name}
     memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as profiler:
-        take(2)
-        synchronise(ranks.device)
-    if trace:
-        profiler.export_chrome_trace(str(trace))
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = Untracked()  # type: ignore[assignment]
-    with counter:
-        take(1)
+    profiler, total = profiled(take, ranks.device, trace)
     share = batch // ranks.world_size
-    flops = counter.get_total_flops() / share
+    flops = total / share
     achieved, peak, source = flops * share / seconds / 1e12, *peak_tflops(ranks.device, trainer.precision)
     return {
         "device": measure_device(ranks.device).name,

@@ -221,10 +221,15 @@ def plan_runs(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
 
+    return _located(planned, out, list(dict.fromkeys([*varied, *fields])), build)
+
+
+def _located(planned: Mapping[str, tuple[str, Config]], out: Path, fields: list[str], build: bool) -> list[Run]:
+    """The runs, with where their shards are and which categories they train."""
     located: dict[Any, tuple[str | None, list[str]]] = {}
     runs = []
     for name, (point_name, config) in planned.items():
-        settings = {path: _value(config, path) for path in dict.fromkeys([*varied, *fields])}
+        settings = {path: _value(config, path) for path in fields}
         key = (config.data.root, config.data.shards)
         if key not in located:
             located[key] = _locate(config, build)
