@@ -48,7 +48,7 @@ test: lint ## check style and types, and run every test that needs no GPU
 	@$(RUN); export PATH; logs=$$(mktemp -d); failed=0; trap 'exit 130' INT; set -o pipefail; \
 	part() { echo "== $$1"; shift; "$$@" | tee $$logs/$$(ls $$logs | wc -l) || failed=1; }; \
 	part "side by side" env OMP_NUM_THREADS=1 $(PYTEST) not (alone or $(FAULTS))" -n logical --maxprocesses 8 --dist loadfile; \
-	part "faults" $(PYTEST) $(FAULTS)" -n 3 --dist loadfile; \
+	part "faults" $(PYTEST) $(FAULTS)" -n 3 --dist loadfile --no-loadscope-reorder; \
 	part "alone" $(PYTEST) alone"; \
 	tail -qn 1 $$logs/*; rm -r $$logs; exit $$failed
 

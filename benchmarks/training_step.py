@@ -74,19 +74,20 @@ class PlainLoop:
         size, width = config.data.image_size, config.model.width
         layout = torch.channels_last if tuned else torch.contiguous_format
         self.wads = Wads(config.model, size, precision).to(device).to(memory_format=layout)
-        self.d = Discriminator(size, width, precision).to(device).to(memory_format=layout)
+        self.discriminator = Discriminator(size, width, precision).to(device).to(memory_format=layout)
         self.parallel_wads, self.parallel_d = (
-            (DistributedDataParallel(net) if ddp else net) for net in (self.wads, self.d)
+            (DistributedDataParallel(net) if ddp else net) for net in (self.wads, self.discriminator)
         )
         if not tuned:
             use_kernels(self.wads, "torch")
-            use_kernels(self.d, "torch")
+            use_kernels(self.discriminator, "torch")
             generator = self.wads.generator
             # Ours turns the decoder's first map to channels_last, and all that follows with it.
             generator.decode = lambda z, _: (torch.tanh(generator.decoder(z[:, :, None, None].contiguous())) + 1) / 2
         rate, betas = config.trainer.learning_rate, config.trainer.betas
         self.optimizers = [
-            torch.optim.Adam(net.parameters(), rate, betas, fused=tuned or None) for net in (self.wads, self.d)
+            torch.optim.Adam(net.parameters(), rate, betas, fused=tuned or None)
+            for net in (self.wads, self.discriminator)
         ]
         self.data, self.weights = RandomImages(config, device), objective_weights(config.objective)
         self.ids = torch.arange(config.trainer.global_batch_size // ranks.world_size, device=device)
@@ -112,17 +113,17 @@ class PlainLoop:
     def passes(self, batch: Batch, x_hat: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """L_adv, and how to compute L_disc: a pass of its own over each image for either."""
         with torch.no_grad():
-            real = self.d(batch.clean)
-        self.d.requires_grad_(False)
-        adversarial = adversarial_loss(self.config.objective.adversarial.form, self.d(x_hat), real)
-        self.d.requires_grad_(True)
+            real = self.discriminator(batch.clean)
+        self.discriminator.requires_grad_(False)
+        adversarial = adversarial_loss(self.config.objective.adversarial.form, self.discriminator(x_hat), real)
+        self.discriminator.requires_grad_(True)
         images = torch.cat([batch.clean, x_hat.detach().to(batch.clean.dtype)])
         return adversarial, lambda: discriminator_loss(*self.parallel_d(images)[1].chunk(2))
 
     def shared_pass(self, batch: Batch, x_hat: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """The same from one pass, as the trainer does it."""
         seen = x_hat.detach().requires_grad_()
-        real, fake = self.d(batch.clean), self.d(seen)
+        real, fake = self.discriminator(batch.clean), self.discriminator(seen)
         value = adversarial_loss(self.config.objective.adversarial.form, fake, real)
         (gradient,) = torch.autograd.grad(value, seen, retain_graph=True)
         loss = discriminator_loss(real[1], fake[1])

@@ -19,11 +19,8 @@ def package(module: str) -> str:
 
 
 def imports(file: Path) -> set[str]:
-    """Modules of ours that the file imports, also late; what a type checker alone reads is none."""
+    """Modules of ours that the file imports, also late, or for a type checker alone."""
     tree = ast.parse(file.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -25,7 +25,7 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 from torch import Tensor
 
-from wads_dist.common.errors import ModelFileError, WadsError, is_out_of_memory
+from wads_dist.common.errors import ConfigError, ModelFileError, WadsError, is_out_of_memory
 from wads_dist.deploy.defaults import OVERLAP
 from wads_dist.deploy.tiles import Floats, score_in_tiles
 from wads_dist.evaluation.metrics import image_score
@@ -36,7 +36,7 @@ from wads_dist.reporting.colours import heat_colours, levels
 from wads_dist.runs.folder import THRESHOLD, WEIGHTS
 from wads_dist.shards.errors import DataError
 from wads_dist.shards.images import load_image, to_rgb, upright
-from wads_dist.shards.names import require_category
+from wads_dist.shards.names import printable, require_category
 
 DESCRIPTION = "wads"  # key of the description in the metadata of an exported model
 OUTLINE = (0, 255, 255)
@@ -263,9 +263,9 @@ def load(
 
     Raises:
         ModelFileError: the file is absent or not such a model.
+        ConfigError: there is no such device.
     """
-    path, accelerator = Path(model), torch.accelerator.current_accelerator(check_available=True)
-    where = torch.device(device) if device is not None else accelerator or torch.device("cpu")
+    path, where = Path(model), usable_device(device)
     if path.suffix == ".onnx":
         network, description, side = load_onnx(path, where)
     else:
@@ -276,6 +276,23 @@ def load(
     thresholds = resolve_thresholds(threshold, pixel_threshold, description.threshold)
     usual = (32 if where.type == "cpu" else 256) * 128**2 // side**2
     return Detector(network, description, thresholds, batch_size or max(1, usual))
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one.
+
+    Raises:
+        ConfigError: torch has no such device here.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return accelerator or torch.device("cpu")
+    there = ["cpu"]
+    if accelerator:
+        there += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if str(device) not in there:
+        raise ConfigError([f"device: torch has no {printable(str(device))} here; there is {', '.join(there)}"])
+    return torch.device(device)
 
 
 def resolve_thresholds(image: float | None, pixel: float | None, saved: dict[str, Any] | None) -> Thresholds:

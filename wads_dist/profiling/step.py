@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from wads_dist.common.files import write_text
-from wads_dist.common.heartbeat import Pulse
+from wads_dist.common.heartbeat import Heartbeat
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.schema import Config
 from wads_dist.data.training import synthesis_settings
@@ -59,7 +59,7 @@ class RandomImages:
         return synthesise(self.images, self.textures, sample, 0, self.settings, None, IMAGES, self.backend)
 
 
-class PhaseClock(Pulse):
+class PhaseClock(Heartbeat):
     """Adds up the time between the trainer's marks, by phase."""
 
     def __init__(self, device: torch.device) -> None:
@@ -67,12 +67,12 @@ class PhaseClock(Pulse):
         self.on_device = device.type != "cpu"
         self.marks: list[tuple[str, Any]] = []
 
-    def mark(self, phase: str, step: int) -> None:
+    def enter(self, phase: str, step: int) -> None:
         self.marks.append((phase, now(self.on_device)))
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call; waits for the device."""
-        self.mark("", 0)
+        self.enter("", 0)
         if self.on_device:
             torch.cuda.synchronize()
         marks, self.marks = self.marks, []
@@ -112,9 +112,9 @@ def measure(config: Config, ranks: Ranks, steps: int, trace: Path | None = None)
     """The accounting of ``steps`` steps of this rank, as a JSON object; with ``trace``, a Chrome trace of two more."""
     clock, on_gpu = PhaseClock(ranks.device), ranks.device.type == "cuda"
     stage = zero_stage(None, ranks.world_size)
-    trainer = Trainer(config, ranks, RandomImages(config, ranks.device), pulse=clock, stage=stage)  # type: ignore[arg-type]
-    trainer.gs.train()
-    trainer.d.train()
+    trainer = Trainer(config, ranks, RandomImages(config, ranks.device), heartbeat=clock, stage=stage)  # type: ignore[arg-type]
+    trainer.generator_engine.train()
+    trainer.discriminator_engine.train()
     batch = config.trainer.global_batch_size
     position = 0
 
@@ -170,8 +170,8 @@ def forward_flops(trainer: Trainer, share: int) -> dict[str, float]:
     """GFLOP a sample of one pass through each part of the networks. (Of backward passes torch cannot say whose they are.)"""
     batch = trainer.data.batch(trainer.sample_ids(0)[0])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        trainer.gs.module(batch.clean, batch.anomalous, True)
-        trainer.d.module(batch.clean)
+        trainer.generator_engine.module(batch.clean, batch.anomalous, True)
+        trainer.discriminator_engine.module(batch.clean)
     counts = {name: sum(count.values()) for name, count in counter.get_flop_counts().items()}
 
     def of(name: str, module: torch.nn.Module) -> float:
@@ -179,12 +179,12 @@ def forward_flops(trainer: Trainer, share: int) -> dict[str, float]:
             return counts[name] / len(batch.clean) / 1e9
         return sum(of(f"{name}.{child}", part) for child, part in module.named_children())
 
-    generator, segmenter = trainer.gs.module.generator, trainer.gs.module.segmenter
+    generator, segmenter = trainer.generator_engine.module.generator, trainer.generator_engine.module.segmenter
     parts = {f"generator.{name}": of(f"Wads.generator.{name}", part) for name, part in generator.named_children()}
     parts["generator.stack"] /= 2  # on X and on X_a
     parts["generator.code"] /= 2
     parts |= {f"segmenter.{name}": of(f"Wads.segmenter.{name}", part) for name, part in segmenter.named_children()}
-    return parts | {"discriminator": of("Discriminator", trainer.d.module)}
+    return parts | {"discriminator": of("Discriminator", trainer.discriminator_engine.module)}
 
 
 def operators(profiler: profile, on_gpu: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from wads_dist.config.schema import Config
 from wads_dist.runs.events import Tail
 from wads_dist.runs.folder import CONFIG, EVENTS, LOG, METRICS
 from wads_dist.runs.leases import REPEATS, Lease, Owner, Queue
-from wads_dist.scheduler.plan import Place
+from wads_dist.scheduler.plan import RankInfo
 from wads_dist.scheduler.rendezvous import LOST_SECONDS, STOP, Group, Launch
 from wads_dist.scheduler.supervisor import Cores, Task, supervise
 from wads_dist.shards.addresses import public
@@ -45,7 +45,7 @@ class Plan:
     categories: list[str]
     """In the order in which they are taken."""
     groups: list[tuple[int, ...]]
-    places: list[Place]
+    places: list[RankInfo]
 
     def queue(self, config: Config, group: str, ranks: tuple[int, ...], host: str) -> Queue:
         """The run's queue, as seen by ``group``."""
@@ -85,15 +85,15 @@ class LocalStop:
         return self.here or self.launch.requested
 
 
-class Station(threading.Thread):
+class Slot(threading.Thread):
     """This rank's part in one group: a thread, because a rank may have several (``parallel.categories_per_gpu``)."""
 
-    def __init__(self, config: Config, plan: Plan, group: Group, slot: int, stop: LocalStop, log: RankLog) -> None:
+    def __init__(self, config: Config, plan: Plan, group: Group, index: int, stop: LocalStop, log: RankLog) -> None:
         super().__init__(name=group.name, daemon=True)
-        self.config, self.plan, self.group, self.slot, self.stop, self.log = config, plan, group, slot, stop, log
+        self.config, self.plan, self.group, self.index, self.stop, self.log = config, plan, group, index, stop, log
         launch = group.launch
         neighbours = plan.neighbours(launch.rank)
-        self.cores = Cores.share(config, neighbours.index(launch.rank), len(neighbours), slot)
+        self.cores = Cores.share(config, neighbours.index(launch.rank), len(neighbours), index)
         self.queue = plan.queue(config, group.name, group.ranks, launch.host) if group.is_first else None
         self.alone = len(plan.groups) * config.parallel.categories_per_gpu == 1
         self.died_here: list[str] = []
@@ -110,11 +110,11 @@ class Station(threading.Thread):
         free_since, number = time.monotonic(), 0
         while True:
             lease, nothing_left = self._take() if self.queue else (None, 0.0)
-            task = Task.from_json(self.group.share(f"task/{number}", self._describe(lease, nothing_left)))
+            task = Task.from_json(self.group.broadcast(f"task/{number}", self._describe(lease, nothing_left)))
             number += 1
             if task is None:
                 nothing_left = time.monotonic() - free_since
-                self.log.write("over", slot=self.slot, nothing_left=round(nothing_left, 3))
+                self.log.write("over", slot=self.index, nothing_left=round(nothing_left, 3))
                 return
             self.group.while_waiting = lease.beat if lease else lambda: None
             waited = time.monotonic() - free_since - task.nothing_left
@@ -138,7 +138,7 @@ class Station(threading.Thread):
                 category=task.category,
                 attempt=task.attempt,
                 group=self.group.name,
-                slot=self.slot,
+                slot=self.index,
                 code=worked.code,
                 waited=round(max(0.0, waited), 3),
                 nothing_left=round(task.nothing_left, 3),
@@ -219,31 +219,31 @@ def work(config: Config, plan: Plan, launch: Launch, stop: StopRequest, on_tick:
     if launch.is_first:
         hosts = sorted({place.node.partition("/")[2] for place in plan.places})
         log.write("launch", ranks=launch.world_size, groups=plan.groups, hosts=hosts, categories=plan.categories)
-    stations: list[Station] = []
+    slots: list[Slot] = []
     local_stop, ticks = LocalStop(stop), Ticks(launch, plan, stop, on_tick)
     for number, ranks in enumerate(plan.groups):
         if launch.rank in ranks:
             local = len(set(ranks) & set(plan.neighbours(launch.rank)))
-            for slot in range(config.parallel.categories_per_gpu):
-                name = f"g{number}" if config.parallel.categories_per_gpu == 1 else f"g{number}.{slot}"
-                stations.append(Station(config, plan, launch.group(name, ranks, local), slot, local_stop, log))
+            for index in range(config.parallel.categories_per_gpu):
+                name = f"g{number}" if config.parallel.categories_per_gpu == 1 else f"g{number}.{index}"
+                slots.append(Slot(config, plan, launch.group(name, ranks, local), index, local_stop, log))
     try:
         with stop.deferred():
-            for station in stations:
-                station.start()
-            while any(station.is_alive() for station in stations):
-                local_stop.here = any(station.error for station in stations)  # what else runs here can save
+            for slot in slots:
+                slot.start()
+            while any(slot.is_alive() for slot in slots):
+                local_stop.here = any(slot.error for slot in slots)  # what else runs here can save
                 ticks.tick()
-            for station in stations:
-                if station.error:
-                    raise station.error
+            for slot in slots:
+                if slot.error:
+                    raise slot.error
             launch.finish()
             while not launch.all_finished() and not ticks.overdue:
                 ticks.tick()
     except BaseException:
         launch.abandoned.set()
-        for station in stations:
-            station.join(LONGEST_END)
+        for slot in slots:
+            slot.join(LONGEST_END)
         raise
 
 

@@ -12,7 +12,7 @@ from wads_dist.config.schema import ParallelConfig
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where a launched rank runs."""
 
     node: str
@@ -25,7 +25,7 @@ class Place:
     """Boot and pid namespace: where they are others, nothing can be said of the process."""
 
     @classmethod
-    def here(cls, address: str) -> "Place":
+    def here(cls, address: str) -> "RankInfo":
         """The launcher's number of the node, if it has given one, tells two containers of one name apart."""
         number = os.environ.get("CROSS_RANK") or os.environ.get("GROUP_RANK") or ""
         pid = os.getpid()
@@ -39,7 +39,7 @@ class Place:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Place":
+    def from_json(cls, text: str) -> "RankInfo":
         return cls(**json.loads(text))
 
 

@@ -1,6 +1,6 @@
 """How the launched ranks agree on what to do next, without a process group: a small key-value store on the first rank.
 
-Every rank posts a pulse to it once a second. A rank watches those it depends on: the first, which holds the store, and the
+Every rank posts a heartbeat to it once a second. A rank watches those it depends on: the first, which holds the store, and the
 others of its group. So a wait for another rank ends as soon as that rank is gone, and otherwise lasts as long as it needs
 (building shards may take hours); a rank of another group may go without harm to this one.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from wads_dist.common.errors import LaunchError, PreemptedError, RankLostError, WadsError, exit_code
-from wads_dist.common.heartbeat import BEAT_SECONDS, Standing
+from wads_dist.common.heartbeat import BEAT_SECONDS, WorkerState
 from wads_dist.common.processes import free_port
 from wads_dist.shards.addresses import public
 
@@ -41,7 +41,7 @@ def launch_identity() -> str:
     return shlex.join(map(public, [*words, *started_by]))  # word by word: as in sweep.command_line
 
 
-class Line:
+class CallWithTimeout:
     """Calls that are given up after a while. A store's call waits for ever on a host that has vanished without closing its
     connection, and lets no signal through meanwhile; so a thread of its own makes it."""
 
@@ -77,7 +77,7 @@ class Peer:
     text: bytes = b""
     changed: float = 0.0
     host: str = "an unknown host"
-    standings: dict[str, Standing] = field(default_factory=dict)
+    worker_states: dict[str, WorkerState] = field(default_factory=dict)
     left: tuple[int, str] | None = None
     """Exit code and reason, if it has left before the end."""
 
@@ -88,15 +88,15 @@ class Launch:
     def __init__(self, rank: int = 0, world_size: int = 1, address: str = "127.0.0.1", store: Any = None) -> None:
         self.rank, self.world_size, self.address, self.store = rank, world_size, address, store
         self.host = socket.gethostname()
-        self.standings: dict[str, Standing] = {}
-        """Of this rank's workers, by group; posted with the next pulse."""
+        self.worker_states: dict[str, WorkerState] = {}
+        """Of this rank's workers, by group; posted with the next heartbeat."""
         self.stop_asked = threading.Event()
         """A rank was asked to stop, and so all are."""
         self.gone: frozenset[int] = frozenset()
-        """Ranks on this node whose process is known to have ended, which a missing pulse tells only after a while."""
+        """Ranks on this node whose process is known to have ended, which a missing heartbeat tells only after a while."""
         self.abandoned = threading.Event()
         """This process ends at once: whatever waits here gives up."""
-        self._line = Line() if store is not None else None
+        self._line = CallWithTimeout() if store is not None else None
         self._peers: dict[int, Peer] = {}
         self._looked = time.monotonic()
         self._failure: WadsError | None = None
@@ -138,7 +138,7 @@ class Launch:
             store = dist.TCPStore(address, port, world, is_master=hosts, wait_for_workers=False, timeout=patience)
             return dist.PrefixStore(life, store) if life != "0" else store
 
-        line, mine = Line(), launch_identity()
+        line, mine = CallWithTimeout(), launch_identity()
         try:
             store = line.call(connect, JOIN_SECONDS + LOST_SECONDS)
             if rank == 0:
@@ -154,7 +154,7 @@ class Launch:
                 f"rank {rank} cannot reach rank 0 at {address}:{port} ({reason}): is it running there?"
             ) from None
         if theirs != mine:
-            # Before a pulse is posted: the other launch must not learn that a rank of its own had joined and left.
+            # Before a heartbeat is posted: the other launch must not learn that a rank of its own had joined and left.
             raise LaunchError(
                 f"port {port} of {address} belongs to another launch ({theirs}): add --master_port N to this one"
             )
@@ -208,10 +208,10 @@ class Launch:
         count = 0
         while not self._closed.wait(BEAT_SECONDS):
             count += 1
-            standings = {group: asdict(standing) for group, standing in list(self.standings.items())}
-            pulse = {"count": count, "host": self.host, "standings": standings}
+            worker_states = {group: asdict(worker_state) for group, worker_state in list(self.worker_states.items())}
+            heartbeat = {"count": count, "host": self.host, "worker_states": worker_states}
             try:
-                self._call("set", f"pulse/{self.rank}", json.dumps(pulse))
+                self._call("set", f"heartbeat/{self.rank}", json.dumps(heartbeat))
                 self._look()
                 if not self.stop_asked.is_set() and self.flag(STOP):
                     self.stop_asked.set()
@@ -222,17 +222,19 @@ class Launch:
         """Reads the pulses of the ranks this one watches: in one call, once they have all joined."""
         peers = self._peers
         unknown = [rank for rank, peer in peers.items() if not peer.text]
-        absent = {rank for rank in unknown if not self._call("check", [f"pulse/{rank}"])}
+        absent = {rank for rank in unknown if not self._call("check", [f"heartbeat/{rank}"])}
         ranks = [rank for rank in peers if rank not in absent]
-        texts = self._call("multi_get", [f"pulse/{rank}" for rank in ranks]) if ranks else []
+        texts = self._call("multi_get", [f"heartbeat/{rank}" for rank in ranks]) if ranks else []
         now = time.monotonic()
         for rank, text in zip(ranks, texts, strict=True):
             peer = peers[rank]
             if text != peer.text:
-                pulse = json.loads(text)
-                peer.text, peer.changed, peer.host = text, now, pulse["host"]
-                peer.standings = {group: Standing(**s) for group, s in pulse.get("standings", {}).items()}
-                peer.left = tuple(pulse["left"]) if "left" in pulse else None
+                heartbeat = json.loads(text)
+                peer.text, peer.changed, peer.host = text, now, heartbeat["host"]
+                peer.worker_states = {
+                    group: WorkerState(**s) for group, s in heartbeat.get("worker_states", {}).items()
+                }
+                peer.left = tuple(heartbeat["left"]) if "left" in heartbeat else None
         self._looked = now
 
     def check(self, ranks: Iterable[int]) -> None:
@@ -264,10 +266,10 @@ class Launch:
             f"rank {rank} on {peer.host} has not been heard of for {silence}: its process or node is gone."
         )
 
-    def standing_of(self, rank: int, group: str) -> Standing | None:
+    def worker_state_of(self, rank: int, group: str) -> WorkerState | None:
         """Where a rank's worker stands; None if it has none, or is not watched."""
-        standings = self.standings if rank == self.rank else self._peers[rank].standings
-        return standings.get(group)
+        worker_states = self.worker_states if rank == self.rank else self._peers[rank].worker_states
+        return worker_states.get(group)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -298,7 +300,7 @@ class Launch:
         first process fails. The first rank hosts the store, so it goes last; it does not wait for ranks that are gone."""
         if self.store is None:
             return code
-        code = int(self.everybody().share("concluded", str(code) if self.is_first else None))
+        code = int(self.everybody().broadcast("concluded", str(code) if self.is_first else None))
         self._call("set", f"left/{self.rank}", "")
         if self.is_first:
             waiting = set(range(1, self.world_size))
@@ -312,12 +314,12 @@ class Launch:
         if self.store is None or self._closed.is_set():
             return
         self._closed.set()
-        self._pulse.join(BEAT_SECONDS)  # this pulse must be the last
+        self._pulse.join(BEAT_SECONDS)  # this heartbeat must be the last
         known = isinstance(error, RankLostError)
         reason = str(error) if known else f"rank {self.rank} on {self.host} has left: {error or 'interrupted'}"
         try:
-            pulse = {"host": self.host, "left": (int(exit_code(error)), reason)}
-            self._call("set", f"pulse/{self.rank}", json.dumps(pulse))
+            heartbeat = {"host": self.host, "left": (int(exit_code(error)), reason)}
+            self._call("set", f"heartbeat/{self.rank}", json.dumps(heartbeat))
             if self.is_first:
                 time.sleep(3 * BEAT_SECONDS)  # the store ends with this process; the others read it once a second
         except WadsError:
@@ -342,7 +344,7 @@ class Group:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, key: str, value: str | None) -> str:
+    def broadcast(self, key: str, value: str | None) -> str:
         """The group's first rank's ``value`` on every rank of it.
 
         Raises:
@@ -356,16 +358,16 @@ class Group:
             return value or ""
         return self._get(f"{self.name}/{key}")
 
-    def everyone(self, key: str, value: str = "") -> list[str]:
+    def all_gather(self, key: str, value: str = "") -> list[str]:
         """Waits for all ranks of the group; returns each one's ``value`` in rank order.
 
         Raises:
             RankLostError: a rank of the group is gone.
         """
-        values = self.collect(key, value or "-")
-        return list(json.loads(self.share(f"{key}/all", json.dumps(values) if self.is_first else None)))
+        values = self.gather(key, value or "-")
+        return list(json.loads(self.broadcast(f"{key}/all", json.dumps(values) if self.is_first else None)))
 
-    def collect(self, key: str, value: str) -> list[str]:
+    def gather(self, key: str, value: str) -> list[str]:
         """Each rank's ``value``, in rank order, on the group's first rank; nothing on the others, which do not wait.
 
         Raises:
@@ -394,17 +396,17 @@ class Group:
         """Whether all its ranks live, though the launch may be lost with its first rank, which is none of them."""
         return 0 not in self.ranks and not any(self.launch._lost(rank) for rank in self.watched if rank != 0)
 
-    def stand(self, standing: Standing | None) -> None:
+    def stand(self, worker_state: WorkerState | None) -> None:
         """Where this rank's worker of the group stands now."""
-        if standing is None:
-            self.launch.standings.pop(self.name, None)
+        if worker_state is None:
+            self.launch.worker_states.pop(self.name, None)
         else:
-            self.launch.standings[self.name] = standing
+            self.launch.worker_states[self.name] = worker_state
 
-    def standings(self) -> dict[int, Standing]:
+    def worker_states(self) -> dict[int, WorkerState]:
         """Where the workers of all ranks of the group stand that have one, by launched rank. For its first rank."""
-        found = {rank: self.launch.standing_of(rank, self.name) for rank in self.ranks}
-        return {rank: standing for rank, standing in found.items() if standing is not None}
+        found = {rank: self.launch.worker_state_of(rank, self.name) for rank in self.ranks}
+        return {rank: worker_state for rank, worker_state in found.items() if worker_state is not None}
 
     def _get(self, key: str) -> str:
         while not self.launch._call("check", [key]):

@@ -29,7 +29,7 @@ from wads_dist.runs.folder import CONFIG, LOG, METRICS
 from wads_dist.runs.leases import attempts_of
 from wads_dist.runs.record import Outcome, check_run, open_run, record_summary
 from wads_dist.scheduler.categories import Plan, work
-from wads_dist.scheduler.plan import Place, form_groups
+from wads_dist.scheduler.plan import RankInfo, form_groups
 from wads_dist.scheduler.rendezvous import Launch, address_towards
 from wads_dist.shards.errors import DataError
 from wads_dist.shards.source import Dataset
@@ -158,16 +158,16 @@ def describe(config: Config, plan: Plan, console: Console) -> None:
 def prepare(config: Config, launch: Launch, settle: Callable[[Config, list[str]], dict[str, Any]]) -> Plan:
     """What is to be trained and by whom, as ``settle`` decides on the first rank."""
     everybody = launch.everybody()
-    places = everybody.collect("place", Place.here(address_towards(launch.address)).to_json())
+    places = everybody.gather("place", RankInfo.here(address_towards(launch.address)).to_json())
     settled: dict[str, Any] = {}
     if launch.is_first:
         try:
-            settled = settle(config, [Place.from_json(text).node for text in places])
+            settled = settle(config, [RankInfo.from_json(text).node for text in places])
         except BaseException as error:
-            everybody.share("plan", json.dumps({"refused": exit_code(error)}))
+            everybody.broadcast("plan", json.dumps({"refused": exit_code(error)}))
             launch.leave(exit_code(error))
             raise
-    settled = json.loads(everybody.share("plan", json.dumps(settled | {"places": places})))
+    settled = json.loads(everybody.broadcast("plan", json.dumps(settled | {"places": places})))
     if "refused" in settled:
         launch.leave(settled["refused"])
         refusal = WadsError("refused by the first rank, which says why")
@@ -178,7 +178,7 @@ def prepare(config: Config, launch: Launch, settle: Callable[[Config, list[str]]
         settled["location"],
         settled["categories"],
         [tuple(ranks) for ranks in settled["groups"]],
-        [Place.from_json(text) for text in settled["places"]],
+        [RankInfo.from_json(text) for text in settled["places"]],
     )
 
 

@@ -122,7 +122,16 @@ class Worker:
             "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }
-        what = ["--run", str(config.run.dir), "--category", task.category, "--shards", location, "--pulse", str(writer)]
+        what = [
+            "--run",
+            str(config.run.dir),
+            "--category",
+            task.category,
+            "--shards",
+            location,
+            "--heartbeat",
+            str(writer),
+        ]
         what += ["--threads", str(cores.threads), "--lease", task.lease, "--config", task.config]
         if cores.pinned:
             what += ["--cores", ",".join(map(str, cores.pinned))]
@@ -196,10 +205,10 @@ def supervise(
     worker = Worker(config, group, location, task, cores)
     try:
         while worker.process.poll() is None:
-            standing = worker.listener.standing()
-            if worker.startup is None and standing.phase != UNTIMED[0]:
+            worker_state = worker.listener.worker_state()
+            if worker.startup is None and worker_state.phase != UNTIMED[0]:
                 worker.startup = time.monotonic() - worker.started
-            group.stand(standing)
+            group.stand(worker_state)
             if stop.requested:
                 worker.ask_to_stop()
             group.check_peers()
@@ -208,7 +217,7 @@ def supervise(
             elif lease and time.monotonic() >= next_look:
                 next_look = time.monotonic() + LOOK_SECONDS  # a listing of a folder that all nodes share
                 reason = None if lease.held else TAKEN
-            if lease and reason is None and (problem := stalled(group.standings(), config.trainer.hang_timeout)):
+            if lease and reason is None and (problem := stalled(group.worker_states(), config.trainer.hang_timeout)):
                 _report_hang(config, category, problem)
                 reason = HUNG
             if lease and reason in (HUNG, TAKEN):
@@ -237,7 +246,7 @@ def supervise(
             f"{category}: asked to stop, but the worker of rank {group.launch.rank} ended ({result}) before all had saved; the "
             f"same command goes on from the last checkpoint"
         )
-    code = first_cause(group.everyone(f"{key}/result", result))
+    code = first_cause(group.all_gather(f"{key}/result", result))
     seconds = ended - worker.started
     return Worked(code, seconds, seconds if worker.startup is None else worker.startup, ended)
 

@@ -64,7 +64,7 @@ def failed(sweep: Sweep) -> dict[str, dict[str, int]]:
     return found
 
 
-def verdict(summary: dict[str, Any]) -> ExitCode:
+def decision(summary: dict[str, Any]) -> ExitCode:
     """The exit code that a summary amounts to."""
     if summary["complete"]:
         return ExitCode.OK

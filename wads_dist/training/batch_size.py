@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wads_dist.common.errors import ConfigError, is_out_of_memory
 from wads_dist.common.files import write_text
-from wads_dist.common.heartbeat import Pulse
+from wads_dist.common.heartbeat import Heartbeat
 from wads_dist.common.host_memory import give_back_freed_memory
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.deepspeed import resolve_precision
@@ -28,8 +28,9 @@ from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Discriminator, Wads
 from wads_dist.training import engines
 from wads_dist.training.losses import objective_weights
+from wads_dist.training.progress import Progress
 from wads_dist.training.timing import synchronise
-from wads_dist.training.trainer import Progress, Trainer
+from wads_dist.training.trainer import Trainer
 
 RECORD = "batch_size.json"
 LEAST = 8
@@ -57,7 +58,7 @@ class Rehearsal(Trainer):
 
     def __init__(self, config: Config, ranks: Ranks, data: TrainingData) -> None:
         # Marks of its own: a rank that runs out of memory passes fewer than its peers, who must not blame it for it later.
-        self.config, self.ranks, self.data, self.pulse, self.progress = config, ranks, data, Pulse(), Progress()
+        self.config, self.ranks, self.data, self.heartbeat, self.progress = config, ranks, data, Heartbeat(), Progress()
         self.precision = resolve_precision(config.trainer.precision, ranks.device.type)
         self.weights = objective_weights(config.objective)
         self.loss_scale = engines.LossScale.for_precision(self.precision)
@@ -66,7 +67,7 @@ class Rehearsal(Trainer):
         discriminator = Discriminator(size, config.model.width, self.precision).to(ranks.device)
         for network in (wads, discriminator):
             use_kernels(network, config.trainer.kernels)
-        self.gs, self.d = Bare(wads).train(), Bare(discriminator).train()
+        self.generator_engine, self.discriminator_engine = Bare(wads).train(), Bare(discriminator).train()
         self.optimizers = [engines.adam(network, rate, betas) for network in self.both]
 
     def seconds(self, micro: int) -> float:

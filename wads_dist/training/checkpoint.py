@@ -13,7 +13,6 @@ malice. Resume only from folders you trust; weights for use elsewhere are safete
 """
 
 import json
-import random
 import shutil
 import sys
 import time
@@ -24,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, cast
 
-import numpy as np
 import torch
 
 from wads_dist.common.errors import ResumeError
@@ -120,26 +118,6 @@ class Writer:
             del engine._copy_recovery_script
 
 
-def random_state() -> dict[str, Any]:
-    """State of every generator a library might draw from; the data path draws from none of them."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 # --- saving ------------------------------------------------------------------------------------------------------
 
 
@@ -174,7 +152,7 @@ def save(
     for engine_name, engine in zip(ENGINES, trainer.both, strict=True):
         with writer.installed(engine):
             engine.save_checkpoint(str(partial / engine_name), tag=TAG, save_latest=False)
-    writer.save(rank_state(trainer), partial / f"rank-{ranks.rank:05d}.pt")
+    writer.save(trainer.rank_state(), partial / f"rank-{ranks.rank:05d}.pt")
     if trainer.best is not None:
         writer.save(trainer.best, partial / STOPPING)
     written = ranks.gather((writer.entries, describe(writer.error) if writer.error else None))
@@ -247,27 +225,20 @@ def size_estimate(trainer: Trainer) -> int:
     """Bytes a checkpoint will take, generously."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for engine in trainer.both for p in engine.module.parameters())
     copies = bool(trainer.ema) + bool(trainer.config.stopping.every)
-    average = copies * sum(getattr(p, "ds_numel", p.numel()) for p in trainer.gs.module.parameters())
-    buffers = sum(b.numel() * b.element_size() for b in trainer.gs.module.buffers()) * (trainer.ranks.world_size + 1)
+    average = copies * sum(getattr(p, "ds_numel", p.numel()) for p in trainer.generator_engine.module.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in trainer.generator_engine.module.buffers()) * (
+        trainer.ranks.world_size + 1
+    )
     return int(SAFETY * (parameters * BYTES_PER_PARAMETER + average * 4 + buffers)) + 2**20
-
-
-def rank_state(trainer: Trainer) -> dict[str, Any]:
-    """What only this rank has: DeepSpeed stores the first rank's buffers only, and no random state."""
-    partitioned = trainer.gs.zero_optimization_stage() == 3
-    # Below ZeRO-3 every rank has the whole average, and the same.
-    average = trainer.ema.shadow if trainer.ema and (partitioned or trainer.ranks.is_first) else None
-    return {"random": random_state(), "buffers": dict(trainer.gs.module.named_buffers()), "ema": average}
 
 
 def meta(trainer: Trainer, data: DataHashes, loss: float | None) -> dict[str, Any]:
     """The content of ``progress.json``."""
     return {
-        "progress": trainer.progress.state_dict(),
-        "loss_scale": trainer.loss_scale.state_dict(),
+        **trainer.state_dict(),
         "loss": loss,
         "world_size": trainer.ranks.world_size,
-        "zero_stage": trainer.gs.zero_optimization_stage(),
+        "zero_stage": trainer.zero_stage,
         "data": {"fingerprint": data.fingerprint, "shards": data.shards},
         "config": trainer.config.to_toml(),
         "versions": {name: version(name) for name in ("torch", "deepspeed")},
@@ -344,14 +315,8 @@ def restore(
             _say(f"{checkpoint}: from {saved['world_size']} to {trainer.ranks.world_size} ranks")
         report("reshard", step=saved["progress"]["step"], ranks=[saved["world_size"], trainer.ranks.world_size])
         state = reshard.load(trainer, checkpoint, saved["world_size"])
-    with torch.no_grad():
-        for name, buffer in trainer.gs.module.named_buffers():
-            buffer.copy_(state["buffers"][name])
-        if trainer.ema:
-            torch._foreach_copy_(trainer.ema.shadow, state["ema"])
-    restore_random_state(state["random"])
-    trainer.progress.load_state_dict(saved["progress"])
-    trainer.loss_scale.load_state_dict(saved["loss_scale"])
+    trainer.load_rank_state(state)
+    trainer.load_state_dict(saved)
     if trainer.progress.scores and trainer.ranks.is_first:
         trainer.best = torch.load(checkpoint / STOPPING, map_location="cpu", weights_only=True)
 

@@ -84,7 +84,7 @@ class StepGraph:
     """Synthesis, passes and gradients of a micro-batch, recorded once and run again on other sample ids.
 
     Everything that changes from step to step is in tensors that stay where they are: the ids, the weights, BatchNorm's buffers.
-    The seed is the run's, the learning rate the optimiser's, and the verdict is read after the last run of a step.
+    The seed is the run's, the learning rate the optimiser's, and the decision is read after the last run of a step.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wads_dist.common.errors import PreemptedError, RankLostError
 from wads_dist.common.files import write_text
-from wads_dist.common.heartbeat import Pulse
+from wads_dist.common.heartbeat import Heartbeat
 from wads_dist.common.host_memory import keep_freed_memory
 from wads_dist.common.ranks import Ranks, unname_shared_memory
 from wads_dist.common.signals import StopRequest
@@ -44,8 +44,9 @@ from wads_dist.shards.verify import open_category
 from wads_dist.training import checkpoint, validation
 from wads_dist.training.batch_size import find_batch_size
 from wads_dist.training.losses import Losses
+from wads_dist.training.progress import is_due
 from wads_dist.training.step_check import Requests, slowness
-from wads_dist.training.stopping import HeldOutScore, is_due
+from wads_dist.training.stopping import HeldOutScore
 from wads_dist.training.trainer import Trainer
 
 
@@ -65,20 +66,20 @@ class SkippedSamples:
 
     def write(self, trainer: Trainer, losses: Losses) -> dict[str, Any]:
         """Appends a line for the step; returns what ``events.jsonl`` says of it."""
-        verdict, trained = losses.verdict, self.config.trainer
-        assert verdict is not None
+        decision, trained = losses.decision, self.config.trainer
+        assert decision is not None
         images = {}
-        for rank in verdict.ranks:
+        for rank in decision.ranks:
             ids = rank_samples(losses.first, trained.global_batch_size, rank, trainer.ranks.world_size)
             indices = shuffled(trained.seed, torch.tensor(ids), len(self.entries)).tolist()
             for sample, (shard, entry) in zip(ids, (self.entries[i] for i in indices), strict=True):
                 images[sample] = f"{shard.name}/{entry.key}"
         summary = {
             "step": trainer.progress.step,
-            "reason": verdict.rejected,
-            "ranks": list(verdict.ranks),
-            "loss": verdict.loss,
-            "threshold": verdict.threshold,
+            "reason": decision.rejected,
+            "ranks": list(decision.ranks),
+            "loss": decision.loss,
+            "threshold": decision.threshold,
         }
         with self.path.open("a") as stream:
             stream.write(json.dumps(finite_or_none(summary) | {"samples": images}) + "\n")
@@ -152,7 +153,7 @@ class CategoryTraining:
         threads: int,
         lease: Path | None,
         stop: StopRequest,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
     ) -> None:
         """Opens the data, joins the group, and restores the newest checkpoint if there is one. Collective.
 
@@ -162,9 +163,15 @@ class CategoryTraining:
             threads: CPU threads of this rank.
             lease: the file that says that the category is this group's; None: nobody else can have it.
             stop: whether this rank was asked to stop.
-            pulse: told where this rank stands.
+            heartbeat: told where this rank stands.
         """
-        self.category, self.folder, self.lease, self.stop, self.pulse = category, run / category, lease, stop, pulse
+        self.category, self.folder, self.lease, self.stop, self.heartbeat = (
+            category,
+            run / category,
+            lease,
+            stop,
+            heartbeat,
+        )
         # Before the process group exists: a slow download must not run into its time-out.
         self.network: FrozenNetwork | None = None
         self.network_source: dict[str, str] | None = None
@@ -183,7 +190,7 @@ class CategoryTraining:
         self.config = config = self._with_batch_size(config)
         resumed = checkpoint.choose(self.ranks, self.checkpoints, self.events.write)
         stage = checkpoint.zero_stage(resumed, self.ranks.world_size)
-        self.trainer = Trainer(config, self.ranks, self.images, self._requests, pulse, category, stage)
+        self.trainer = Trainer(config, self.ranks, self.images, self._requests, heartbeat, category, stage)
         if note := stage_note(config, stage, resumed is not None):
             self.say(note)
         shown = (config, self.dataset, category, self.images)
@@ -210,7 +217,7 @@ class CategoryTraining:
             samples=self.started_at,
             world_size=self.ranks.world_size,
             precision=self.trainer.precision,
-            zero_stage=self.trainer.gs.zero_optimization_stage(),
+            zero_stage=self.trainer.zero_stage,
             fingerprint=self.data.fingerprint,
         )
 
@@ -246,7 +253,7 @@ class CategoryTraining:
 
     def _monitor(self, values: list[tuple[str, float]]) -> None:
         """For TensorBoard and CSV, at the samples seen so far."""
-        monitor = self.trainer.gs.monitor
+        monitor = self.trainer.generator_engine.monitor
         if self.ranks.is_first and monitor.enabled:
             samples = self.trainer.progress.next_sample
             monitor.write_events([(name, value, samples) for name, value in values])
@@ -274,24 +281,24 @@ class CategoryTraining:
             )
 
     def _on_step(self, trainer: Trainer, losses: Losses) -> None:
-        progress, verdict = trainer.progress, losses.verdict
-        assert verdict is not None
-        if not verdict.stop:  # whoever asks to stop will not wait; the score is taken when training goes on
+        progress, decision = trainer.progress, losses.decision
+        assert decision is not None
+        if not decision.stop:  # whoever asks to stop will not wait; the score is taken when training goes on
             self._score_if_due()
         finished = trainer.finished
-        self.seconds = [a + b for a, b in zip(self.seconds, verdict.seconds, strict=True)]
-        if not verdict.rejected:
-            self.taken.append(verdict.loss)
+        self.seconds = [a + b for a, b in zip(self.seconds, decision.seconds, strict=True)]
+        if not decision.rejected:
+            self.taken.append(decision.loss)
         elif self.ranks.is_first:
             self.events.write("rejected", **self.skipped.write(trainer, losses))
         if progress.step % self.config.trainer.log_every == 0 or finished:
             self._log(losses)
         every = self.config.checkpoint.every_steps
         due = every is not None and progress.step % every == 0
-        if due or finished or verdict.save or verdict.stop:
+        if due or finished or decision.save or decision.stop:
             self._save()
-            if self.pictured and not verdict.stop:
-                self.pulse.mark("figure", progress.step)
+            if self.pictured and not decision.stop:
+                self.heartbeat.enter("figure", progress.step)
                 validation.show(trainer, self.pictured)
 
     def _score_if_due(self) -> None:
@@ -319,7 +326,7 @@ class CategoryTraining:
 
     def _save(self) -> None:
         progress = self.trainer.progress
-        self.pulse.mark("save", progress.step)
+        self.heartbeat.enter("save", progress.step)
         require_lease(self.lease, self.ranks)
         loss = fmean(self.taken) if self.taken else None
         saved = checkpoint.save(self.trainer, self.checkpoints, self.data, loss, lambda: holds(self.lease))
@@ -343,7 +350,7 @@ class CategoryTraining:
             RankLostError: another group has taken over.
             NotFiniteError: the network's scores are not finite.
         """
-        self.pulse.mark("evaluate", self.trainer.progress.step)
+        self.heartbeat.enter("evaluate", self.trainer.progress.step)
         model = self._with_experts(self._best_state())
         evaluation = evaluate(model, self.config, self.dataset, self.category, self.ranks)
         if self.ranks.is_first:

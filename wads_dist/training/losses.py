@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wads_dist.config.schema import ObjectiveConfig
 from wads_dist.kernels.objective import ObjectiveWeights
-from wads_dist.training.step_check import Verdict
+from wads_dist.training.step_check import StepDecision
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Losses:
     count: int = 0
     first: int = 0
     """The step's first sample."""
-    verdict: Verdict | None = None
+    decision: StepDecision | None = None
     """What the ranks agreed on; None until they have."""
 
     def add(self, **terms: Tensor) -> None:

@@ -28,7 +28,7 @@ from wads_dist.training.trainer import Trainer
 
 def load(trainer: Trainer, checkpoint: Path, saved_ranks: int) -> dict[str, Any]:
     """Both engines' state from a checkpoint of ``saved_ranks`` ranks; returns this rank's part of the rest. Collective."""
-    if trainer.gs.zero_optimization_stage() == 0:
+    if trainer.zero_stage == 0:
         load_engines(trainer.both, checkpoint)
     else:
         universal = checkpoint.with_name(f".universal-{checkpoint.name}")
@@ -105,7 +105,7 @@ def rest(trainer: Trainer, saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
         averages = [state["ema"] for state in saved if state["ema"] is not None]
         average = [
             repartition(parts, parameter, ranks.rank, ranks.world_size)
-            for *parts, parameter in zip(*averages, trainer.gs.module.parameters(), strict=True)
+            for *parts, parameter in zip(*averages, trainer.generator_engine.module.parameters(), strict=True)
         ]
     return {"buffers": buffers, "ema": average, "random": saved[ranks.rank % len(saved)]["random"]}
 

@@ -1,7 +1,7 @@
 """Whether a step may be taken: what the ranks tell each other before either engine steps, and what follows from it.
 
 One collective a step carries all that must be agreed on: finiteness, the loss, wishes to save or to stop, and how long each
-rank's own part took. Every rank then judges the same rows and comes to the same verdict.
+rank's own part took. Every rank then judges the same rows and comes to the same decision.
 """
 
 import math
@@ -37,7 +37,7 @@ class Report(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepDecision:
     """What all ranks agreed on about one step; the same on each of them."""
 
     rejected: str | None
@@ -62,20 +62,20 @@ def spike_threshold(recent: Sequence[float], config: TrainerConfig) -> float:
     return config.spike_factor * statistics.median(recent)
 
 
-def judge(reports: Sequence[Report], threshold: float) -> Verdict:
-    """The verdict on a step, from every rank's report in rank order."""
+def decide(reports: Sequence[Report], threshold: float) -> StepDecision:
+    """The decision on a step, from every rank's report in rank order."""
     loss = sum(r.loss for r in reports) / len(reports)
-    rejected, guilty = None, [rank for rank, r in enumerate(reports) if not r.finite]
-    if guilty:
+    rejected, bad_ranks = None, [rank for rank, r in enumerate(reports) if not r.finite]
+    if bad_ranks:
         rejected = NOT_FINITE
         # Gradients are averaged over ranks by now, so that one rank's NaN is in all of them; its loss tells whose it was.
-        guilty = [rank for rank, r in enumerate(reports) if not math.isfinite(r.loss)] or guilty
+        bad_ranks = [rank for rank, r in enumerate(reports) if not math.isfinite(r.loss)] or bad_ranks
     elif loss > threshold:
         rejected = SPIKE
-        guilty = [rank for rank, r in enumerate(reports) if r.loss > threshold]
-    return Verdict(
+        bad_ranks = [rank for rank, r in enumerate(reports) if r.loss > threshold]
+    return StepDecision(
         rejected=rejected,
-        ranks=tuple(guilty),
+        ranks=tuple(bad_ranks),
         loss=loss,
         threshold=threshold,
         stop=any(r.stop for r in reports),

@@ -7,16 +7,15 @@ test set has no part in it, and neither have other experts, which are made after
 kept, and travel in every checkpoint, so that a resumed run stops where an undisturbed one does.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wads_dist.common.errors import ConfigError, NotFiniteError
 from wads_dist.common.ranks import Ranks
-from wads_dist.config.schema import Config, StoppingConfig
+from wads_dist.config.schema import Config
 from wads_dist.data.images import decode_entries
 from wads_dist.data.training import TrainingData, TrainingSplit
 from wads_dist.evaluation.metrics import Truth
@@ -25,36 +24,13 @@ from wads_dist.kernels.synthesis import synthesise
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.weights import separate_model
 from wads_dist.shards.source import Dataset
-
-if TYPE_CHECKING:
-    from wads_dist.training.trainer import Progress, Trainer
+from wads_dist.training.progress import best_of
+from wads_dist.training.trainer import Trainer
 
 SAMPLES = 128
 """Of them half carry an anomaly, but for the few whose mask comes out empty."""
 FIRST = -1000
 """The first sample id; they fall from there. Training counts from 0, and draws none of them."""
-
-Scores = Sequence[tuple[int, float]]
-"""Samples trained on, and the score after them."""
-
-
-def best_of(scores: Scores) -> int:
-    """Index of the highest score, the first of equals."""
-    return max(range(len(scores)), key=lambda i: (scores[i][1], -i))
-
-
-def is_over(scores: Scores, settings: StoppingConfig) -> bool:
-    """Whether ``settings.patience`` scores in a row were no higher than the best before them."""
-    return bool(settings.every and scores) and len(scores) - 1 - best_of(scores) >= settings.patience
-
-
-def is_due(progress: "Progress", config: Config) -> bool:
-    """Whether the last step has reached a multiple of ``stopping.every``, or ended the budget, and was not scored yet."""
-    every, after = config.stopping.every, progress.next_sample
-    if not every or not after or (progress.scores and progress.scores[-1][0] == after):
-        return False
-    before = after - config.trainer.global_batch_size
-    return after // every > before // every or after >= config.trainer.samples
 
 
 class HeldOutScore:
@@ -99,7 +75,7 @@ class HeldOutScore:
                 ]
             )
 
-    def __call__(self, trainer: "Trainer") -> tuple[float, bool]:
+    def __call__(self, trainer: Trainer) -> tuple[float, bool]:
         """The score of the trainer's present network, appended to its progress, and whether it is the best; then its weights
         are kept on the first rank. Leaves no other trace in the training. Collective.
 
@@ -115,7 +91,7 @@ class HeldOutScore:
             trainer.best = state
         return score, is_best
 
-    def measure(self, trainer: "Trainer", state: dict[str, Tensor]) -> float:
+    def measure(self, trainer: Trainer, state: dict[str, Tensor]) -> float:
         """The score of ``inference_state``'s weights. Collective."""
         config, ranks, step = trainer.config, trainer.ranks, trainer.progress.step
         if config.has_experts:  # which do not smooth the segmenter
@@ -124,14 +100,14 @@ class HeldOutScore:
         use_kernels(model, config.trainer.kernels)
         pixels, tf32, finite = ExactScores(ranks.device), torch.backends.cudnn.allow_tf32, True
         for turn in range(self.turns):
-            # A mark a batch, on every rank as many: the supervisor's limit is for one.
-            trainer.pulse.mark("score", step)
+            # A phase a batch, on every rank as many: the supervisor's limit is for one.
+            trainer.heartbeat.enter("score", step)
             if turn < len(self.batches):
                 images, truth = self.batches[turn]
                 probability = predict(model, images, config.evaluation.batch_size, ranks.device).probability
                 finite = finite and bool(probability.isfinite().all())
                 pixels.add(probability.to(ranks.device).nan_to_num(), truth)
-        trainer.pulse.mark("score", step)
+        trainer.heartbeat.enter("score", step)
         torch.backends.cudnn.allow_tf32 = tf32  # scoring turns it off; the training may have it
         if not all(ranks.gather(finite)):
             raise NotFiniteError(
@@ -142,7 +118,7 @@ class HeldOutScore:
         assert score is not None  # there are anomalous pixels, and normal ones
         return score
 
-    def record(self, trainer: "Trainer") -> dict[str, Any]:
+    def record(self, trainer: Trainer) -> dict[str, Any]:
         """What it has come to, for ``metrics.json``."""
         progress = trainer.progress
         samples, score = progress.scores[best_of(progress.scores)]
@@ -150,7 +126,7 @@ class HeldOutScore:
         count = len(progress.scores)
         return {"samples": samples, "score": score, "scores": count, "early": early, "source": self.source}
 
-    def note(self, trainer: "Trainer") -> str:
+    def note(self, trainer: Trainer) -> str:
         """The same, for people."""
         record, spent, budget = self.record(trainer), trainer.progress.next_sample, trainer.config.trainer.samples
         early = f"stopped after {spent:,} of {budget:,} samples; " if record["early"] else ""

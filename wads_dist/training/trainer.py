@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from wads_dist.common.errors import NotFiniteError
-from wads_dist.common.heartbeat import Pulse
+from wads_dist.common.heartbeat import Heartbeat
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.deepspeed import deepspeed_config, resolve_precision, with_monitors, without_monitors
 from wads_dist.config.schema import Config, resolve_batches
@@ -21,35 +20,13 @@ from wads_dist.kernels.objective import objective
 from wads_dist.kernels.synthesis import Batch
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Discriminator, Wads
-from wads_dist.training import engines, graph, step_check, stopping
+from wads_dist.training import engines, graph, step_check
 from wads_dist.training.losses import Losses, WithGradient, adversarial_loss, discriminator_loss, objective_weights
-from wads_dist.training.step_check import Report, Requests, Verdict
+from wads_dist.training.progress import Progress, is_over, random_state, restore_random_state
+from wads_dist.training.step_check import Report, Requests, StepDecision
 from wads_dist.training.timing import OwnTime
 
 CODE_SAMPLES = 128
-
-
-@dataclass
-class Progress:
-    """What a restart needs to know besides weights and optimisers: the data position and the counts."""
-
-    next_sample: int = 0
-    step: int = 0
-    rejected: int = 0
-    rejected_in_a_row: int = 0
-    spikes: int = 0
-    spikes_in_a_row: int = 0
-    seconds: float = 0.0
-    recent: list[float] = field(default_factory=list)
-    """Losses of the last steps taken, for the spike guard."""
-    scores: list[tuple[int, float]] = field(default_factory=list)
-    """Of early stopping: samples, and the score after them."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return vars(self) | {"recent": list(self.recent), "scores": list(self.scores)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"scores": [(samples, score) for samples, score in state.get("scores", [])]})
 
 
 def learning_rate(config: Config, position: int) -> float:
@@ -73,17 +50,17 @@ class Trainer:
         ranks: Ranks,
         data: TrainingData,
         requests: Callable[[], Requests] = Requests,
-        pulse: Pulse | None = None,
+        heartbeat: Heartbeat | None = None,
         category: str = "",
         stage: int | None = None,
     ) -> None:
         """Builds networks and engines; every rank starts from the same weights, which depend on the seed only.
 
-        ``requests`` is asked at every step whether this rank wants to save or to stop; ``pulse`` is told where it stands;
+        ``requests`` is asked at every step whether this rank wants to save or to stop; ``heartbeat`` is told where it stands;
         ``category`` names what DeepSpeed's monitors write; ``stage`` is the ZeRO stage, by default that of DeepSpeed's file.
         """
         self.config, self.ranks, self.data = config, ranks, data
-        self.requests, self.pulse, self.own_time = requests, pulse or Pulse(), OwnTime(ranks.device.type)
+        self.requests, self.heartbeat, self.own_time = requests, heartbeat or Heartbeat(), OwnTime(ranks.device.type)
         self.precision = resolve_precision(config.trainer.precision, ranks.device.type)
         self.micro_batch_size, self.accumulation = resolve_batches(config, ranks.world_size)
         torch.manual_seed(config.trainer.seed)
@@ -97,30 +74,36 @@ class Trainer:
         settings = deepspeed_config(config, ranks.world_size, stage)
         rate, betas = config.trainer.learning_rate, config.trainer.betas
         monitored = with_monitors(settings, config.run.dir, category)
-        self.gs = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)
-        self.d = engines.initialize(discriminator, engines.adam(discriminator, rate, betas), without_monitors(settings))
-        if ranks.device.type != "cpu" and self.gs.zero_optimization_stage() == 0:
+        self.generator_engine = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)
+        self.discriminator_engine = engines.initialize(
+            discriminator, engines.adam(discriminator, rate, betas), without_monitors(settings)
+        )
+        if ranks.device.type != "cpu" and self.zero_stage == 0:
             # Or cuDNN would copy every weight at every pass. (DeepSpeed would not broadcast such weights, so not before it.)
             for engine in self.both:
                 engine.module.to(memory_format=torch.channels_last)
         if config.trainer.compile != "off":
             graph.compile_networks(self.both, config.trainer.compile)
-        self.ema = engines.ParameterAverage(self.gs.module, config.trainer.ema) if config.trainer.ema else None
+        self.ema = (
+            engines.ParameterAverage(self.generator_engine.module, config.trainer.ema) if config.trainer.ema else None
+        )
         self.weights = objective_weights(config.objective)
         self.loss_scale = engines.LossScale.for_precision(self.precision)
         self.progress = Progress()
         self.best: dict[str, Tensor] | None = None
         """Weights of the best of ``progress.scores``, as ``inference_state`` returns them; on the first rank."""
         self.graph: graph.StepGraph | None = None
-        self.why_no_graph = graph.why_no_graph(
-            config, ranks.device.type, ranks.world_size, self.gs.zero_optimization_stage()
-        )
+        self.why_no_graph = graph.why_no_graph(config, ranks.device.type, ranks.world_size, self.zero_stage)
         if not self.why_no_graph:
             self.graph = graph.StepGraph(self, self.micro_batch_size, ranks.device)
 
     @property
     def both(self) -> tuple[DeepSpeedEngine, DeepSpeedEngine]:
-        return self.gs, self.d
+        return self.generator_engine, self.discriminator_engine
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self.generator_engine.zero_optimization_stage())
 
     def sample_ids(self, first: int) -> list[Tensor]:
         """This rank's sample ids of the step that starts at ``first``, one int64 tensor a micro-batch."""
@@ -134,24 +117,24 @@ class Trainer:
 
     def buffers(self) -> list[Tensor]:
         """What a forward pass changes: BatchNorm's statistics."""
-        return list(self.gs.module.buffers())
+        return list(self.generator_engine.module.buffers())
 
     def losses(self, batch: Batch, direct: bool = False) -> dict[str, Tensor]:
         """Forward passes of all networks: what generator and segmenter minimise (``total``), its terms, and what the
-        ``discriminator`` does. ``direct``: past DeepSpeed, which then knows nothing of the passes, and without marks.
+        ``discriminator`` does. ``direct``: past DeepSpeed, which then knows nothing of the passes, and without entering phases.
 
         The discriminator sees X and X̂ once, for both: L_adv's gradient for X̂ is taken from the graph on which L_disc's
         backward then runs (on X̂ detached, both would need a pass of their own over each image). It is not taken if L_adv weighs
         nothing.
         """
         weights, step = self.config.objective, self.progress.step
-        mark = (Pulse() if direct else self.pulse).mark
-        wads, critic = (self.gs.module, self.d.module) if direct else (self.gs, self.d)
+        enter = (Heartbeat() if direct else self.heartbeat).enter
+        wads, critic = (engine.module for engine in self.both) if direct else self.both
         x_hat, logits, z, z_hat = wads(batch.clean, batch.anomalous, weights.latent.detach)
-        mark("discriminator", step)
+        enter("discriminator", step)
         seen = x_hat.detach().requires_grad_(weights.adversarial.weight > 0)
         # DeepSpeed must know of a forward pass, but would take a gradient for the outputs it has seen as the step's backward.
-        real, fake = critic(batch.clean), self.d.module(seen)
+        real, fake = critic(batch.clean), self.discriminator_engine.module(seen)
         adversarial = adversarial_loss(weights.adversarial.form, fake, real)
         if seen.requires_grad:
             scaled = adversarial * self.loss_scale.scale
@@ -160,7 +143,7 @@ class Trainer:
         else:
             adversarial = adversarial.detach()
         discriminator = discriminator_loss(real[1], fake[1])
-        mark("objective", step)
+        enter("objective", step)
         target = batch.clean if weights.reconstruction.target == "clean" else batch.anomalous
         terms = objective(target, x_hat, logits, batch.mask, self.weights, self.config.trainer.kernels)
         latent = F.mse_loss(z_hat.float(), z.float())
@@ -181,7 +164,7 @@ class Trainer:
         leave on one rank at ZeRO-0."""
         losses = self.losses(self.data.batch(ids), direct=True)
         gradients: list[Tensor] = []
-        for name, engine in (("total", self.gs), ("discriminator", self.d)):
+        for name, engine in (("total", self.generator_engine), ("discriminator", self.discriminator_engine)):
             trained = [p for p in engine.module.parameters() if p.requires_grad]
             scaled = losses[name] * self.loss_scale.scale / self.accumulation
             gradients += torch.autograd.grad(scaled, trained, materialize_grads=True)
@@ -189,16 +172,16 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compiles, for minutes perhaps, and leaves no trace: a pass of the next samples whose gradients nobody sees, and that
-        sets no mark (no step takes so long). Not collective."""
-        self.gs.train()
-        self.d.train()
+        enters no phase (no step takes so long). Not collective."""
+        self.generator_engine.train()
+        self.discriminator_engine.train()
         kept = engines.copy_all([torch.empty_like(b) for b in self.buffers()], self.buffers())
         self.micro_batch(self.sample_ids(self.progress.next_sample)[0])
         engines.copy_all(self.buffers(), kept)
 
     def step(self, first: int) -> Losses:
         """One optimiser step of both engines on the samples [first, first + global batch), or of neither."""
-        losses, mark, number = Losses(first=first), self.pulse.mark, self.progress.step
+        losses, enter, number = Losses(first=first), self.heartbeat.enter, self.progress.step
         seconds = self.own_time.take()  # the last step's: the device has finished it
         micro_batches = self.sample_ids(first)
         upcoming = self.sample_ids(first + self.config.trainer.global_batch_size)[:1]
@@ -208,30 +191,30 @@ class Trainer:
             self.graph.begin()
         for i, ids in enumerate(micro_batches):
             if self.graph:
-                mark("forward", number)
+                enter("forward", number)
                 losses.add(**self.graph(ids))
             else:
                 with self.own_time:
-                    mark("data", number)
+                    enter("data", number)
                     batch = self.data.batch(ids, (micro_batches[i + 1 :] + upcoming)[0])
-                    mark("forward", number)
+                    enter("forward", number)
                     terms = self.losses(batch)
-                mark("backward", number)
-                self.gs.backward(terms["total"] * self.loss_scale.scale)
-                self.d.backward(terms["discriminator"] * self.loss_scale.scale)
+                enter("backward", number)
+                self.generator_engine.backward(terms["total"] * self.loss_scale.scale)
+                self.discriminator_engine.backward(terms["discriminator"] * self.loss_scale.scale)
                 losses.add(**terms)
             if i + 1 < len(micro_batches):
                 for engine in self.both:
                     engine.step()  # counts the micro-batch; the optimiser steps at the boundary only
-        mark("agree", number)
+        enter("agree", number)
         grads = [g for engine in self.both for g in engines.gradients(engine)]
-        losses.verdict = verdict = self._agree(losses, grads, seconds)
-        mark("update", number)
-        self._step_both_or_neither(verdict, grads, buffers, first)
-        self._count(verdict, first)
+        losses.decision = decision = self._agree(losses, grads, seconds)
+        enter("update", number)
+        self._step_both_or_neither(decision, grads, buffers, first)
+        self._count(decision, first)
         return losses
 
-    def _agree(self, losses: Losses, grads: list[Tensor], seconds: float) -> Verdict:
+    def _agree(self, losses: Losses, grads: list[Tensor], seconds: float) -> StepDecision:
         """The step's only collective of our own."""
         total = losses.values["total"]
         finite_losses = torch.isfinite(total + losses.values["discriminator"])
@@ -242,7 +225,7 @@ class Trainer:
         row[0] = engines.finite(grads) & finite_losses
         row[1] = torch.where(finite_losses, total / losses.count, math.nan)
         reports = [Report(*r) for r in self.ranks.gather_rows(row)]
-        return step_check.judge(reports, self._spike_threshold())
+        return step_check.decide(reports, self._spike_threshold())
 
     def _spike_threshold(self) -> float:
         """Infinite after ``spike_patience`` spikes in a row: that is no spike but another level, and skipping must end."""
@@ -251,8 +234,10 @@ class Trainer:
             return math.inf
         return step_check.spike_threshold(progress.recent, trainer)
 
-    def _step_both_or_neither(self, verdict: Verdict, grads: list[Tensor], buffers: list[Tensor], first: int) -> None:
-        if verdict.rejected:
+    def _step_both_or_neither(
+        self, decision: StepDecision, grads: list[Tensor], buffers: list[Tensor], first: int
+    ) -> None:
+        if decision.rejected:
             for engine in self.both:
                 engines.discard(engine)
             engines.copy_all(self.buffers(), buffers)
@@ -264,30 +249,34 @@ class Trainer:
                 engines.set_learning_rate(engine, rate)
                 engine.step()
             if self.ema:
-                self.ema.update(self.gs.module, self.progress.step + 1)
-        self.loss_scale.update(finite=verdict.rejected != step_check.NOT_FINITE)
+                self.ema.update(self.generator_engine.module, self.progress.step + 1)
+        self.loss_scale.update(finite=decision.rejected != step_check.NOT_FINITE)
 
-    def _count(self, verdict: Verdict, first: int) -> None:
+    def _count(self, decision: StepDecision, first: int) -> None:
         progress, trainer = self.progress, self.config.trainer
         progress.step += 1
         progress.next_sample = first + trainer.global_batch_size
-        if verdict.rejected:
+        if decision.rejected:
             progress.rejected += 1
             progress.rejected_in_a_row += 1
-            progress.spikes += verdict.rejected == step_check.SPIKE
-            progress.spikes_in_a_row += verdict.rejected == step_check.SPIKE
+            progress.spikes += decision.rejected == step_check.SPIKE
+            progress.spikes_in_a_row += decision.rejected == step_check.SPIKE
             return
         progress.rejected_in_a_row = progress.spikes_in_a_row = 0
-        if verdict.loss > step_check.spike_threshold(progress.recent, trainer):
+        if decision.loss > step_check.spike_threshold(progress.recent, trainer):
             progress.recent.clear()  # accepted out of patience: the ordinary loss is another now
-        progress.recent = [*progress.recent, verdict.loss][-trainer.spike_window :]
+        progress.recent = [*progress.recent, decision.loss][-trainer.spike_window :]
 
     def _give_up_if_hopeless(self, losses: Losses) -> None:
         progress, limit = self.progress, self.config.trainer.max_rejected
-        if progress.rejected_in_a_row >= limit and losses.verdict and losses.verdict.rejected == step_check.NOT_FINITE:
+        if (
+            progress.rejected_in_a_row >= limit
+            and losses.decision
+            and losses.decision.rejected == step_check.NOT_FINITE
+        ):
             raise NotFiniteError(
                 f"{limit} steps in a row were skipped, the last because losses or gradients were not finite on rank "
-                f"{', '.join(map(str, losses.verdict.ranks))}; it used the samples {losses.first} to "
+                f"{', '.join(map(str, losses.decision.ranks))}; it used the samples {losses.first} to "
                 f"{progress.next_sample - 1}. rejected.jsonl lists the images of all skipped steps. If they look right, lower "
                 f"trainer.learning_rate or set trainer.precision = 'fp32' in a new --run.dir; the same command goes on from "
                 f"the last checkpoint."
@@ -300,15 +289,15 @@ class Trainer:
         Raises:
             NotFiniteError: too many steps in a row were skipped.
         """
-        self.gs.train()
-        self.d.train()
+        self.generator_engine.train()
+        self.discriminator_engine.train()
         started = time.monotonic() - self.progress.seconds
         while not self.finished:
             losses = self.step(self.progress.next_sample)
             self.progress.seconds = time.monotonic() - started
             on_step(self, losses)
             self._give_up_if_hopeless(losses)
-            if losses.verdict and losses.verdict.stop:
+            if losses.decision and losses.decision.stop:
                 break
         return self.finished
 
@@ -316,13 +305,37 @@ class Trainer:
     def finished(self) -> bool:
         """Whether the budget is spent, or early stopping has ended the training before."""
         spent = self.progress.next_sample >= self.config.trainer.samples
-        return spent or stopping.is_over(self.progress.scores, self.config.stopping)
+        return spent or is_over(self.progress.scores, self.config.stopping)
 
     def inference_state(self) -> dict[str, Tensor]:
         """Whole fp32 weights of generator and segmenter for evaluation and export: the moving average where one is kept,
         with BatchNorm's buffers averaged over ranks. Collective."""
-        buffers = self.ranks.average_buffers(self.gs.module)
+        buffers = self.ranks.average_buffers(self.generator_engine.module)
         if self.ema is None:
-            return engines.full_state(self.gs, buffers)
-        with self.ema.applied(self.gs.module):
-            return engines.full_state(self.gs, buffers)
+            return engines.full_state(self.generator_engine, buffers)
+        with self.ema.applied(self.generator_engine.module):
+            return engines.full_state(self.generator_engine, buffers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all ranks have alike besides the engines' state; JSON."""
+        return {"progress": self.progress.state_dict(), "loss_scale": self.loss_scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes ``state_dict`` back."""
+        self.progress.load_state_dict(state["progress"])
+        self.loss_scale.load_state_dict(state["loss_scale"])
+
+    def rank_state(self) -> dict[str, Any]:
+        """What only this rank has: DeepSpeed stores the first rank's buffers only, and no random state. The moving average is
+        each rank's own at ZeRO-3; below, every rank has the whole of it, and the first one's stands for all (None)."""
+        average = self.ema.shadow if self.ema and (self.zero_stage == 3 or self.ranks.is_first) else None
+        return {"random": random_state(), "buffers": dict(self.generator_engine.module.named_buffers()), "ema": average}
+
+    @torch.no_grad()
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Takes ``rank_state`` back; ``ema`` must be there if an average is kept."""
+        for name, buffer in self.generator_engine.module.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        if self.ema:
+            torch._foreach_copy_(self.ema.shadow, state["ema"])
+        restore_random_state(state["random"])

@@ -34,7 +34,7 @@ TILE, HEADER, DPI = 128, 44, 100  # pixels; a smaller image is enlarged by a who
 
 def wanted(trainer: Trainer) -> bool:
     """TensorBoard is enabled; the same on every rank (the monitor itself is the first rank's only)."""
-    return bool(trainer.gs.monitor.monitor_config.tensorboard.enabled)
+    return bool(trainer.generator_engine.monitor.monitor_config.tensorboard.enabled)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,6 @@ def show(trainer: Trainer, samples: ValidationSamples) -> None:
     """Writes the figure to TensorBoard. Collective: every rank must call it, where ``wanted``."""
     figure = validation_figure(trainer, samples)
     if figure is not None:
-        writer = trainer.gs.monitor.tb_monitor.summary_writer
+        writer = trainer.generator_engine.monitor.tb_monitor.summary_writer
         writer.add_image("validation", figure, trainer.progress.next_sample, dataformats="HWC")
         writer.flush()

@@ -11,7 +11,7 @@ import signal
 import sys
 
 from wads_dist.common.errors import EXPLAINED, ConfigError, ExitCode, PreemptedError, exit_code
-from wads_dist.common.heartbeat import Pulse
+from wads_dist.common.heartbeat import Heartbeat
 from wads_dist.common.processes import leave
 from wads_dist.common.signals import worker_signals
 from wads_dist.config.load import load_config
@@ -38,11 +38,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of this rank")
     parser.add_argument("--cores", help="cores this rank may use, separated by commas; none: any")
     parser.add_argument("--lease", type=local_path, help="file that says that the category is this group's")
-    parser.add_argument("--pulse", type=int, help="descriptor of the pipe on which the supervisor listens")
+    parser.add_argument("--heartbeat", type=int, help="descriptor of the pipe on which the supervisor listens")
     arguments = parser.parse_args()
-    stop, pulse = worker_signals(), Pulse()
-    if arguments.pulse is not None:
-        pulse.beat(arguments.pulse)
+    stop, heartbeat = worker_signals(), Heartbeat()
+    if arguments.heartbeat is not None:
+        heartbeat.beat(arguments.heartbeat)
     if arguments.cores:
         os.sched_setaffinity(0, {int(core) for core in arguments.cores.split(",")})
     rank = int(os.environ.get("RANK", 0))
@@ -58,7 +58,14 @@ def main() -> int:
     try:
         config = load_config(["--config", arguments.config])
         training = CategoryTraining(
-            config, arguments.run, arguments.category, arguments.shards, arguments.threads, arguments.lease, stop, pulse
+            config,
+            arguments.run,
+            arguments.category,
+            arguments.shards,
+            arguments.threads,
+            arguments.lease,
+            stop,
+            heartbeat,
         )
         training.train()
         training.publish()

@@ -7,35 +7,37 @@ import time
 import pytest
 import torch
 
-from wads_dist.common.heartbeat import Listener, Pulse, Standing, stalled
+from wads_dist.common.heartbeat import Heartbeat, Listener, WorkerState, stalled
 from wads_dist.training.timing import OwnTime
 
 
-def standing(tick: int, phase: str = "backward", still: float = 0.0, silent: float = 0.0) -> Standing:
-    return Standing(tick, tick // 5, phase, still, silent, host=f"h{tick}")
+def worker_state(tick: int, phase: str = "backward", still: float = 0.0, silent: float = 0.0) -> WorkerState:
+    return WorkerState(tick, tick // 5, phase, still, silent, host=f"h{tick}")
 
 
 def test_the_rank_that_is_behind_is_named_and_the_others_wait_for_it() -> None:
-    problem = stalled({0: standing(13, still=9.0), 1: standing(11, "data", still=9.5), 2: standing(13, still=9.0)}, 9)
+    problem = stalled(
+        {0: worker_state(13, still=9.0), 1: worker_state(11, "data", still=9.5), 2: worker_state(13, still=9.0)}, 9
+    )
     assert problem is not None
     assert problem.startswith("rank 1 on host h11: no progress since step 2 for 10 s (data)")
     assert "waiting for it: rank 0 (step 2, backward), rank 2 (step 2, backward)" in problem
 
 
 def test_a_frozen_process_is_named_even_if_it_is_not_behind() -> None:
-    problem = stalled({0: standing(13, still=20.0), 1: standing(13, still=20.0, silent=12.0)}, 10)
+    problem = stalled({0: worker_state(13, still=20.0), 1: worker_state(13, still=20.0, silent=12.0)}, 10)
     assert problem is not None and problem.startswith("rank 1 on host h13") and "its process is frozen" in problem
 
 
 def test_when_none_is_behind_that_is_said() -> None:
-    problem = stalled({0: standing(13, still=20.0), 1: standing(13, still=20.0)}, 10)
+    problem = stalled({0: worker_state(13, still=20.0), 1: worker_state(13, still=20.0)}, 10)
     assert problem is not None and problem.startswith("no rank makes progress, and none is behind")
 
 
 def test_progress_and_loading_are_no_hang() -> None:
-    assert stalled({0: standing(13, still=5.0), 1: standing(13, still=5.0)}, 10) is None
-    assert stalled({0: standing(0, "load", still=1000.0)}, 10) is None
-    assert stalled({0: standing(13, still=1000.0, silent=1000.0)}, 0) is None
+    assert stalled({0: worker_state(13, still=5.0), 1: worker_state(13, still=5.0)}, 10) is None
+    assert stalled({0: worker_state(0, "load", still=1000.0)}, 10) is None
+    assert stalled({0: worker_state(13, still=1000.0, silent=1000.0)}, 0) is None
     assert stalled({}, 10) is None
 
 
@@ -46,19 +48,19 @@ def test_a_listener_hears_the_last_line_and_ages_it_when_nothing_more_comes(monk
         json.dumps({"tick": tick, "step": 1, "phase": "data", "still": 0.5, "silent": 0, "host": ""}) for tick in (3, 4)
     ]
     os.write(writer, "\n".join(lines).encode() + b"\n" + b'{"tick": 5')
-    heard = listener.standing()
+    heard = listener.worker_state()
     assert (heard.tick, heard.host, heard.still) == (4, "here", 0.5)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
-    aged = listener.standing()
+    aged = listener.worker_state()
     assert aged.silent >= 60 and aged.still >= 58
 
 
 def test_a_pulse_counts_its_marks() -> None:
-    pulse = Pulse()
-    pulse.mark("data", 7)
-    pulse.mark("forward", 7)
-    assert pulse._state[:3] == (2, 7, "forward")
+    heartbeat = Heartbeat()
+    heartbeat.enter("data", 7)
+    heartbeat.enter("forward", 7)
+    assert heartbeat._state[:3] == (2, 7, "forward")
 
 
 def test_own_time_adds_up_what_lies_inside_and_starts_anew_when_taken() -> None:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY, environment
-from wads_dist.common.errors import ExitCode, ModelFileError, WadsError
+from wads_dist.common.errors import ConfigError, ExitCode, ModelFileError, WadsError
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
 from wads_dist.data.images import TestImages
@@ -694,3 +694,10 @@ def test_predicting_does_not_import_deepspeed() -> None:
     """Its log lines go to standard output, where --json prints."""
     code = "import sys, wads_dist.deploy.predict_files, wads_dist.deploy.export; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment()).returncode == 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cudaa", "cuda:9", "\x1b[2J", ""])
+def test_a_device_that_is_not_here_is_named_with_those_that_are(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(ConfigError, match=r"device: torch has no .* here; there is cpu"):
+        load("model", device=device)

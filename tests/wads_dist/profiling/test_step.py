@@ -21,7 +21,7 @@ def test_phases_add_up_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wads_dist.profiling.step.now", lambda on_device: next(moments))
     clock = PhaseClock(torch.device("cpu"))
     for phase in ("data", "forward", "data", "forward"):
-        clock.mark(phase, 0)
+        clock.enter(phase, 0)
     assert clock.take() == {"data": 1.0 + 7.0, "forward": 2.0 + 1.0}
     assert clock.marks == []
 

@@ -326,7 +326,7 @@ def row_14(base: Path) -> None:
 
     def body(ranks: Ranks) -> None:
         trainer = small_trainer(ranks, *OPTIONS)
-        before = torch.cat([p.flatten() for p in trainer.gs.module.parameters()]).clone()
+        before = torch.cat([p.flatten() for p in trainer.generator_engine.module.parameters()]).clone()
         try:
             checkpoint.resume(trainer, folder, other)
         except ResumeError as error:
@@ -335,7 +335,7 @@ def row_14(base: Path) -> None:
                 print("row 14:", json.dumps(str(error)), flush=True)
         else:
             raise AssertionError("resumed on other data")
-        assert torch.equal(before, torch.cat([p.flatten() for p in trainer.gs.module.parameters()]))
+        assert torch.equal(before, torch.cat([p.flatten() for p in trainer.generator_engine.module.parameters()]))
 
     lives.run(2, body)
     assert not files.problems(folder / files.name_of(1))

@@ -17,7 +17,7 @@ from lives import DATA
 
 from wads_dist.common.ranks import SHARED_MEMORY, Ranks
 from wads_dist.training import checkpoint, engines
-from wads_dist.training.checkpoint import random_state
+from wads_dist.training.progress import random_state
 from wads_dist.training.trainer import Trainer
 
 HALF, WHOLE = 2, 4
@@ -97,7 +97,7 @@ def main(base: Path) -> None:
             whole, all_seen = torch.load(base / f"whole-{stage}-{ranks.rank}.pt", weights_only=False)
             assert seen == all_seen[HALF:] and all_seen[0] != all_seen[1]
             count = assert_same(everything(trainer), whole, f"zero{stage} rank {ranks.rank}")
-            buffers = torch.cat([b.flatten().float() for b in trainer.gs.module.buffers()])
+            buffers = torch.cat([b.flatten().float() for b in trainer.generator_engine.module.buffers()])
             assert not any(
                 torch.equal(buffers, other) for i, other in enumerate(ranks.gather(buffers)) if i != ranks.rank
             )

@@ -74,7 +74,7 @@ def compiled(ranks: Ranks, backend: str, stages: str) -> None:
         counters.clear()
         eager, trainer = trainer_at(ranks, 8, stage), trainer_at(ranks, 8, stage)
         graph.compile_networks(trainer.both, "default", backend)
-        start = engines.full_state(eager.gs, {})
+        start = engines.full_state(eager.generator_engine, {})
         before = [b.clone() for b in trainer.buffers()]
         trainer.warm_up()
         assert_same(before, trainer.buffers(), "buffers after the warm-up")

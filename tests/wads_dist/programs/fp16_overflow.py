@@ -15,7 +15,7 @@ def main() -> None:
     ranks = join()
     for stage in ("0", "1", "2", "3"):
         json = ["--trainer.deepspeed", f"configs/deepspeed/zero{stage}.json"]
-        for victim in ("gs", "d"):
+        for victim in ("generator_engine", "discriminator_engine"):
             trainer = small_trainer(ranks, *json, "--trainer.precision", "fp16")
             trainer.step(0)
             engine = getattr(trainer, victim)

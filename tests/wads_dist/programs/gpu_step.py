@@ -38,7 +38,9 @@ SETTINGS = {
 def on_cpu(trainer: Trainer) -> Trainer:
     """``trainer``'s networks and its only batch on a CPU, for ``micro_batch`` alone."""
     twin = copy.copy(trainer)
-    twin.gs, twin.d = (SimpleNamespace(module=copy.deepcopy(e.module).cpu()) for e in trainer.both)  # type: ignore[assignment]
+    twin.generator_engine, twin.discriminator_engine = (
+        SimpleNamespace(module=copy.deepcopy(e.module).cpu()) for e in trainer.both
+    )  # type: ignore[assignment]
     batch = Batch(*(value.cpu() for value in vars(trainer.data.batch(torch.arange(IDS))).values()))
     twin.data = Mock(batch=lambda *_: batch)
     return twin

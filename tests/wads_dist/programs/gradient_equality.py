@@ -28,20 +28,20 @@ class PlainLoop:
         self.config, self.parts = small_config(*overrides), parts
         torch.manual_seed(self.config.trainer.seed)
         self.wads = Wads(self.config.model, 64)
-        self.d = Discriminator(64, self.config.model.width)
-        self.nets = nn.ModuleDict({"wads": self.wads, "d": self.d})
+        self.discriminator_engine = Discriminator(64, self.config.model.width)
+        self.nets = nn.ModuleDict({"wads": self.wads, "d": self.discriminator_engine})
         self.data = Samples(self.config)
         rate, betas = self.config.trainer.learning_rate, self.config.trainer.betas
         self.optimizers = [
             torch.optim.Adam(net.parameters(), rate, betas) if adam else torch.optim.SGD(net.parameters(), rate)
-            for net in (self.wads, self.d)
+            for net in (self.wads, self.discriminator_engine)
         ]
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.nets.named_parameters()}
 
     def step(self, first: int) -> None:
-        wads, d, w, parts = self.wads, self.d, self.config.objective, self.parts
+        wads, d, w, parts = self.wads, self.discriminator_engine, self.config.objective, self.parts
         self.nets.zero_grad()
         for ids in torch.arange(first, first + 8).chunk(parts):
             batch = self.data.batch(ids)
@@ -74,7 +74,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def both_states(trainer: Trainer) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}": value
-        for prefix, engine in (("wads", trainer.gs), ("d", trainer.d))
+        for prefix, engine in (("wads", trainer.generator_engine), ("d", trainer.discriminator_engine))
         for name, value in engines.full_state(engine, {}).items()
     }
 

@@ -135,7 +135,7 @@ for stage in sys.argv[1].split(","):
     agreements.forbid_waiting(False)
     print(f"ZeRO-{stage}: {agreements.count} agreement, {len(reads.found)} other reads, {waits.count} waits")
     if stage == "0" and not agreements.on_gpu:
-        parameters = sum(p.numel() for p in trainer.gs.module.parameters())
+        parameters = sum(p.numel() for p in trainer.generator_engine.module.parameters())
         print(f"  gradients are {'copied' if reads.joined > parameters / 2 else 'left where they are'}")
     for place, count in Counter(reads.found).items():
         print(f"  {count} x {place}")

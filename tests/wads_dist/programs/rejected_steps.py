@@ -15,8 +15,10 @@ from wads_dist.training.trainer import Trainer
 
 
 def everything(trainer: Trainer) -> list[torch.Tensor]:
-    state = [*engines.full_state(trainer.gs, dict(trainer.gs.module.named_buffers())).values()]
-    return [*state, *engines.full_state(trainer.d, {}).values()]
+    state = [
+        *engines.full_state(trainer.generator_engine, dict(trainer.generator_engine.module.named_buffers())).values()
+    ]
+    return [*state, *engines.full_state(trainer.discriminator_engine, {}).values()]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -47,14 +49,14 @@ def main() -> None:
         whole = small_trainer(ranks, *overrides)
         for trainer in (hurt, whole):
             trainer.step(0)
-        verdict = skip(hurt, 8, stage).verdict
-        assert verdict is not None and (verdict.rejected, verdict.ranks) == ("not finite", (last,)), verdict
+        decision = skip(hurt, 8, stage).decision
+        assert decision is not None and (decision.rejected, decision.ranks) == ("not finite", (last,)), decision
         for trainer in (hurt, whole):
             trainer.step(16)
         assert same(everything(hurt), everything(whole)), f"zero{stage}: the NaN left something behind"
-        verdict = skip(hurt, 24, stage).verdict
-        assert verdict is not None and (verdict.rejected, verdict.ranks) == ("spike", (last,)), verdict
-        times = verdict.loss / hurt.progress.recent[-1]
+        decision = skip(hurt, 24, stage).decision
+        assert decision is not None and (decision.rejected, decision.ranks) == ("spike", (last,)), decision
+        times = decision.loss / hurt.progress.recent[-1]
         assert times > 100, times
         for trainer in (hurt, whole):
             trainer.step(32)

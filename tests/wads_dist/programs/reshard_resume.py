@@ -38,7 +38,7 @@ def trainer_at(stage: str, ranks: Ranks, base: Path) -> Trainer:
     trainer = small_trainer(
         ranks, "--trainer.deepspeed", str(path), "--trainer.ema", "0.9", "--trainer.learning_rate", "3e-4"
     )
-    assert stage != "3" or len(trainer.gs.optimizer.fp16_groups) > 1
+    assert stage != "3" or len(trainer.generator_engine.optimizer.fp16_groups) > 1
     return trainer
 
 
@@ -55,7 +55,7 @@ def steps(trainer: Trainer, until: int) -> tuple[list[list[int]], list[float]]:
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """Weights, moments, moving average of the whole model, however they are split; and this rank's buffers."""
-    state = {f"buffer {name}": b.clone() for name, b in trainer.gs.module.named_buffers()}
+    state = {f"buffer {name}": b.clone() for name, b in trainer.generator_engine.module.named_buffers()}
     for engine, label in zip(trainer.both, checkpoint.ENGINES, strict=True):
         for name, value in engines.full_state(engine, {}).items():
             state[f"{label} {name}"] = value
@@ -70,8 +70,8 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
         assert counts == {float(trainer.progress.step)}, counts
         # Each count is its own: one tensor in several places would be counted several times a step.
         assert len({entry["step"].data_ptr() for entry in base.state.values()}) == len(base.state)
-    with trainer.ema.applied(trainer.gs.module):
-        state |= {f"average {name}": value for name, value in engines.full_state(trainer.gs, {}).items()}
+    with trainer.ema.applied(trainer.generator_engine.module):
+        state |= {f"average {name}": value for name, value in engines.full_state(trainer.generator_engine, {}).items()}
     return state
 
 
@@ -84,7 +84,7 @@ def main(base: Path) -> None:
 
         def leg(ranks: Ranks, until: int, stage: str = stage, folder: Path = folder) -> None:
             trainer = trainer_at(stage, ranks, base)
-            initial = {name: b.clone() for name, b in trainer.gs.module.named_buffers()}
+            initial = {name: b.clone() for name, b in trainer.generator_engine.module.named_buffers()}
             if checkpoint.resume(trainer, folder, DATA):
                 at = trainer.progress.step
                 old = [torch.load(path) for path in sorted(base.glob(f"state-{stage}-{at}-*.pt"))]

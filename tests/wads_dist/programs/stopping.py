@@ -18,7 +18,8 @@ from torch import Tensor
 from wads_dist.data.training import TrainingData
 from wads_dist.shards.source import Dataset
 from wads_dist.training import checkpoint
-from wads_dist.training.stopping import HeldOutScore, is_due
+from wads_dist.training.progress import is_due
+from wads_dist.training.stopping import HeldOutScore
 from wads_dist.training.trainer import Trainer
 
 OPTIONS = (
@@ -43,8 +44,8 @@ class Given(HeldOutScore):
 
 
 def trained(trainer: Trainer, held_out: HeldOutScore | None, until: int = 1000) -> Trainer:
-    trainer.gs.train()
-    trainer.d.train()
+    trainer.generator_engine.train()
+    trainer.discriminator_engine.train()
     while not trainer.finished and trainer.progress.step < until:
         trainer.step(trainer.progress.next_sample)
         if held_out and is_due(trainer.progress, trainer.config):

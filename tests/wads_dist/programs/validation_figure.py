@@ -32,7 +32,9 @@ def trained(ranks: Ranks, settings: str, run: Path, figures: bool) -> dict[str, 
         trainer.step(trainer.progress.next_sample)
         if figures:
             show(trainer, samples)
-            assert trainer.gs.module.training and all(p.requires_grad for p in trainer.gs.module.parameters())
+            assert trainer.generator_engine.module.training and all(
+                p.requires_grad for p in trainer.generator_engine.module.parameters()
+            )
     state = everything(trainer) | {"average": trainer.inference_state()}
     return {name: value for name, value in state.items() if not name.endswith("master weights")}
 

@@ -17,7 +17,7 @@ from wads_dist.runs.folder import METRICS
 from wads_dist.runs.leases import Lease, Queue, attempts_of
 from wads_dist.scheduler import categories as module
 from wads_dist.scheduler.categories import Plan, work
-from wads_dist.scheduler.plan import Place
+from wads_dist.scheduler.plan import RankInfo
 from wads_dist.scheduler.rendezvous import Launch
 from wads_dist.scheduler.supervisor import Cores, Task, Worked
 
@@ -42,7 +42,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         monkeypatch.setattr(module, "supervise", supervise)
         config = load_config(["--data.shards", "none", "--run.dir", str(tmp_path), *options])
         stop = StopRequest(lambda code: None)
-        plan = Plan("launch", "none", names, [(0,)] * groups, [Place.here("127.0.0.1")])
+        plan = Plan("launch", "none", names, [(0,)] * groups, [RankInfo.here("127.0.0.1")])
         work(config, plan, Launch(), stop, lambda: False)
         return taken, stop
 
@@ -178,7 +178,7 @@ def test_a_full_disk_or_a_closed_terminal_does_not_end_the_training(
         return False
 
     monkeypatch.setattr(module, "TICK_SECONDS", 0.1)
-    plan = Plan("launch", "none", ["a"], [(0,)], [Place.here("127.0.0.1")])
+    plan = Plan("launch", "none", ["a"], [(0,)], [RankInfo.here("127.0.0.1")])
     work(config, plan, Launch(), StopRequest(lambda code: None), on_tick)
     assert len(asked) >= 2 and attempts_of(tmp_path, "a")[0].end
 

@@ -4,7 +4,7 @@ import pytest
 
 from wads_dist.common.errors import ConfigError
 from wads_dist.config.schema import ParallelConfig
-from wads_dist.scheduler.plan import Place, form_groups
+from wads_dist.scheduler.plan import RankInfo, form_groups
 
 
 def sizes(nodes: list[str], categories: int, batch: int = 64, **parallel: object) -> list[tuple[int, ...]]:
@@ -54,14 +54,14 @@ def test_a_group_that_no_node_can_hold_is_refused_with_what_would_help() -> None
 
 def test_a_launchers_number_tells_nodes_of_one_name_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CROSS_RANK", "0")
-    first = Place.here("10.0.0.1")
+    first = RankInfo.here("10.0.0.1")
     monkeypatch.setenv("CROSS_RANK", "1")
-    assert Place.here("10.0.0.2").node != first.node
-    assert Place.from_json(first.to_json()) == first
+    assert RankInfo.here("10.0.0.2").node != first.node
+    assert RankInfo.from_json(first.to_json()) == first
 
 
 def test_a_process_is_known_by_its_start_and_its_machine() -> None:
-    mine = Place.here("10.0.0.1")
+    mine = RankInfo.here("10.0.0.1")
     assert mine.is_alive()
     assert not replace(mine, started="1").is_alive()  # its number was given to another
     assert replace(mine, started="1", machine="another boot").is_alive()  # nothing can be said

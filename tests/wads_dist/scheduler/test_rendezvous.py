@@ -12,10 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from wads_dist.common.errors import ExitCode, LaunchError, PreemptedError, RankLostError
-from wads_dist.common.heartbeat import Standing
+from wads_dist.common.heartbeat import WorkerState
 from wads_dist.common.processes import free_port
 from wads_dist.scheduler import rendezvous
-from wads_dist.scheduler.rendezvous import Launch, Line, unless_launched
+from wads_dist.scheduler.rendezvous import CallWithTimeout, Launch, unless_launched
 
 pytestmark = pytest.mark.alone  # ranks that must be heard of within seconds
 
@@ -57,8 +57,8 @@ def together(launches: list[Launch], act: Callable[[Launch], Any]) -> list[Any]:
 def test_ranks_agree_and_leave(pair: list[Launch]) -> None:
     def talk(launch: Launch) -> Any:
         group = launch.everybody()
-        shared = group.share("plan", f"of {launch.rank}")
-        everyone = group.everyone("code", str(launch.rank))
+        shared = group.broadcast("plan", f"of {launch.rank}")
+        everyone = group.all_gather("code", str(launch.rank))
         return shared, everyone, launch.leave(4 if launch.is_first else 0)
 
     assert together(pair, talk) == [("of 0", ["0", "1"], 4)] * 2
@@ -69,7 +69,7 @@ def test_groups_talk_among_themselves(pair: list[Launch]) -> None:
 
     def talk(launch: Launch) -> Any:
         group = launch.group(f"g{launch.rank}", [launch.rank])
-        return group.share("task", f"of {launch.rank}"), group.everyone("code", "5"), group.flag("ended")
+        return group.broadcast("task", f"of {launch.rank}"), group.all_gather("code", "5"), group.flag("ended")
 
     pair[0].group("g0", [0]).raise_flag("ended", "hung")
     assert together(pair, talk) == [("of 0", ["5"], "hung"), ("of 1", ["5"], None)]
@@ -81,7 +81,7 @@ def test_the_first_rank_learns_who_has_finished_and_the_others_when_it_has_concl
     assert not first.all_finished()
     other.finish()
     assert first.all_finished() and not other.all_finished()
-    first.everybody().share("concluded", "0")
+    first.everybody().broadcast("concluded", "0")
     assert other.all_finished()
 
 
@@ -94,13 +94,13 @@ def test_the_first_reason_keeps_a_flag(pair: list[Launch]) -> None:
 
 def test_the_first_rank_sees_where_all_workers_stand(pair: list[Launch]) -> None:
     groups = [launch.group("g0", [0, 1]) for launch in pair]
-    groups[0].stand(Standing(tick=5))
-    groups[1].stand(Standing(tick=7, host="b"))
+    groups[0].stand(WorkerState(tick=5))
+    groups[1].stand(WorkerState(tick=7, host="b"))
     deadline = time.monotonic() + 20
-    while 1 not in groups[0].standings():
+    while 1 not in groups[0].worker_states():
         assert time.monotonic() < deadline
-    assert groups[0].standings() == {0: Standing(tick=5), 1: Standing(tick=7, host="b")}
-    assert pair[0].group("g1", [0, 1]).standings() == {}
+    assert groups[0].worker_states() == {0: WorkerState(tick=5), 1: WorkerState(tick=7, host="b")}
+    assert pair[0].group("g1", [0, 1]).worker_states() == {}
 
 
 @pytest.mark.parametrize("leaver", [0, 1])
@@ -109,7 +109,7 @@ def test_a_rank_that_leaves_early_says_why_and_ends_the_others_wait(pair: list[L
         if launch.rank == leaver:
             launch.leave_early(PreemptedError("stopped as asked"))
             return None
-        return launch.everybody().everyone("never")
+        return launch.everybody().all_gather("never")
 
     error = together(pair, act)[1 - leaver]
     assert isinstance(error, RankLostError) and error.exit_code == ExitCode.PREEMPTED
@@ -148,7 +148,7 @@ def test_a_group_without_the_first_rank_is_whole_when_that_leaves(pair: list[Lau
 def test_what_is_abandoned_stops_waiting(pair: list[Launch]) -> None:
     pair[0].abandoned.set()
     with pytest.raises(PreemptedError):
-        pair[0].everybody().everyone("never")
+        pair[0].everybody().all_gather("never")
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_a_rank_that_falls_silent_is_named(pair: list[Launch], silent: int) -> N
                 time.sleep(0.01)  # both have been heard of
             launch._closed.set()
             return None
-        return launch.everybody().everyone("never")
+        return launch.everybody().all_gather("never")
 
     error = together(pair, act)[1 - silent]
     assert isinstance(error, RankLostError) and error.exit_code == ExitCode.RANK_LOST
@@ -168,13 +168,13 @@ def test_a_rank_that_falls_silent_is_named(pair: list[Launch], silent: int) -> N
 
 
 def test_a_call_that_never_returns_is_given_up() -> None:
-    line = Line()
+    line = CallWithTimeout()
     with pytest.raises(TimeoutError, match="no answer"):
         line.call(threading.Event().wait, timeout=0.1)
 
 
 def test_a_call_hands_back_what_it_returned_or_raised() -> None:
-    line = Line()
+    line = CallWithTimeout()
     assert line.call(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         line.call(lambda: 1 // 0)
@@ -193,8 +193,8 @@ def test_a_second_launch_on_the_same_port_leaves_the_first_alone(monkeypatch: py
         with pytest.raises(LaunchError, match=said) as caught:
             Launch.from_environment()
         assert "--master_port" in str(caught.value)
-    # It has posted nothing: the first launch would take a pulse that ends for a rank of its own.
-    assert not store.check(["pulse/1"])
+    # It has posted nothing: the first launch would take a heartbeat that ends for a rank of its own.
+    assert not store.check(["heartbeat/1"])
 
 
 def test_what_the_ranks_of_an_earlier_life_agreed_on_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_what_the_ranks_of_an_earlier_life_agreed_on_does_not_count(monkeypatch:
         assert launch.flag("stop") is None
         launch.raise_flag("stop", "asked")
         assert launch.flag("stop") == "asked"
-        launch.everybody().share("concluded", "7")
+        launch.everybody().broadcast("concluded", "7")
         launch._closed.set()
         launch._pulse.join(5)
     assert agent.check(["/concluded", "1//concluded"])

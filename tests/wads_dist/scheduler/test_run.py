@@ -21,7 +21,7 @@ from wads_dist.launch.command import run_command
 from wads_dist.runs.leases import Owner, Queue
 from wads_dist.runs.record import Outcome, mean_of, open_run, record_summary, summarise
 from wads_dist.scheduler.categories import Plan
-from wads_dist.scheduler.plan import Place
+from wads_dist.scheduler.plan import RankInfo
 from wads_dist.scheduler.rendezvous import Launch
 from wads_dist.scheduler.rescore import evaluate_run
 from wads_dist.scheduler.run import conclude, died, train_run
@@ -286,7 +286,7 @@ def test_the_summary_keeps_what_other_commands_have_finished(tmp_path: Path) -> 
 
 def test_what_died_and_was_not_tried_again_has_failed(tmp_path: Path) -> None:
     """Groups in which too much has died take no more; what they leave is no success, and no stop either."""
-    plan = Plan("this", "none", ["a", "b", "c", "d"], [(0,)], [Place("node")])
+    plan = Plan("this", "none", ["a", "b", "c", "d"], [(0,)], [RankInfo("node")])
     for name, launch, code in (("a", "this", 137), ("b", "this", 7), ("c", "another", 1), ("d", "this", 1)):
         lease = Queue(tmp_path, [name], Owner(launch, "g0", (0,), "h"), attempts=3, lease_seconds=60).take()
         assert lease
@@ -334,5 +334,5 @@ def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     launch = Launch.from_environment()
     group = launch.everybody()
-    assert group.is_first and group.share("key", "value") == "value" and group.everyone("k", "1") == ["1"]
+    assert group.is_first and group.broadcast("key", "value") == "value" and group.all_gather("k", "1") == ["1"]
     assert launch.all_finished() and launch.leave(4) == 4

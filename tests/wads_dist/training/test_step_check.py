@@ -1,4 +1,4 @@
-"""The verdict on a step, without engines: what the ranks report, and what follows."""
+"""The decision on a step, without engines: what the ranks report, and what follows."""
 
 import math
 from types import SimpleNamespace
@@ -8,8 +8,9 @@ import pytest
 from wads_dist.common.errors import ConfigError
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
-from wads_dist.training.step_check import Report, judge, slowness, spike_threshold
-from wads_dist.training.trainer import Progress, Trainer
+from wads_dist.training.progress import Progress
+from wads_dist.training.step_check import Report, decide, slowness, spike_threshold
+from wads_dist.training.trainer import Trainer
 
 
 def config(*more: str) -> Config:
@@ -21,26 +22,29 @@ def report(loss: float = 1.0, **values: float) -> Report:
 
 
 def test_one_rank_that_is_not_finite_rejects_the_step_and_is_named() -> None:
-    verdict = judge([report(), report(math.nan, finite=0.0)], math.inf)
-    assert (verdict.rejected, verdict.ranks) == ("not finite", (1,))
-    assert judge([report(), report()], math.inf).rejected is None
+    decision = decide([report(), report(math.nan, finite=0.0)], math.inf)
+    assert (decision.rejected, decision.ranks) == ("not finite", (1,))
+    assert decide([report(), report()], math.inf).rejected is None
 
 
 def test_a_rank_with_a_loss_that_is_not_finite_is_to_blame_for_the_gradients_of_all() -> None:
-    assert judge([report(finite=0.0), report(math.nan, finite=0.0)], math.inf).ranks == (1,)
-    assert judge([report(finite=0.0), report(finite=0.0)], math.inf).ranks == (0, 1)  # an overflow in the backward pass
+    assert decide([report(finite=0.0), report(math.nan, finite=0.0)], math.inf).ranks == (1,)
+    assert decide([report(finite=0.0), report(finite=0.0)], math.inf).ranks == (
+        0,
+        1,
+    )  # an overflow in the backward pass
 
 
 def test_a_spike_is_the_mean_over_ranks_and_names_the_ranks_that_made_it() -> None:
-    verdict = judge([report(1.0), report(99.0)], 10.0)
-    assert (verdict.rejected, verdict.ranks, verdict.loss) == ("spike", (1,), 50.0)
-    assert judge([report(1.0), report(12.0)], 10.0).rejected is None
+    decision = decide([report(1.0), report(99.0)], 10.0)
+    assert (decision.rejected, decision.ranks, decision.loss) == ("spike", (1,), 50.0)
+    assert decide([report(1.0), report(12.0)], 10.0).rejected is None
 
 
 def test_any_rank_may_ask_to_stop_but_only_rank_0_to_save() -> None:
-    verdict = judge([report(), report(stop=1.0, save=1.0)], math.inf)
-    assert verdict.stop and not verdict.save
-    assert judge([report(save=1.0), report()], math.inf).save
+    decision = decide([report(), report(stop=1.0, save=1.0)], math.inf)
+    assert decision.stop and not decision.save
+    assert decide([report(save=1.0), report()], math.inf).save
 
 
 def test_the_threshold_is_infinite_until_the_window_is_full() -> None:
@@ -55,9 +59,9 @@ def steps(losses: list[float], *more: str) -> tuple[Progress, list[bool]]:
     taken = []
     for i, loss in enumerate(losses):
         finite = float(math.isfinite(loss))
-        verdict = judge([report(loss, finite=finite)], Trainer._spike_threshold(trainer))  # type: ignore[arg-type]
-        Trainer._count(trainer, verdict, 64 * i)  # type: ignore[arg-type]
-        taken.append(verdict.rejected is None)
+        decision = decide([report(loss, finite=finite)], Trainer._spike_threshold(trainer))  # type: ignore[arg-type]
+        Trainer._count(trainer, decision, 64 * i)  # type: ignore[arg-type]
+        taken.append(decision.rejected is None)
     return trainer.progress, taken
 
 

@@ -14,8 +14,8 @@ from wads_dist.config.schema import StoppingConfig
 from wads_dist.data.training import TrainingData
 from wads_dist.runs.events import History
 from wads_dist.shards.source import Dataset
-from wads_dist.training.stopping import HeldOutScore, best_of, is_due, is_over
-from wads_dist.training.trainer import Progress
+from wads_dist.training.progress import Progress, best_of, is_due, is_over
+from wads_dist.training.stopping import HeldOutScore
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from wads_dist.common.errors import NotFiniteError
-from wads_dist.common.heartbeat import Pulse
+from wads_dist.common.heartbeat import Heartbeat
 from wads_dist.config.load import load_config
 from wads_dist.kernels.synthesis import Batch
 from wads_dist.model.networks import Discriminator
@@ -20,8 +20,9 @@ from wads_dist.training.checkpoint import zero_stage
 from wads_dist.training.engines import LossScale
 from wads_dist.training.loop import stage_note
 from wads_dist.training.losses import Losses, WithGradient, adversarial_loss, discriminator_loss, objective_weights
-from wads_dist.training.step_check import Report, Verdict, judge
-from wads_dist.training.trainer import Progress, Trainer
+from wads_dist.training.progress import Progress
+from wads_dist.training.step_check import Report, StepDecision, decide
+from wads_dist.training.trainer import Trainer
 from wads_dist.training.trainer import learning_rate as rate
 
 
@@ -66,12 +67,14 @@ def test_a_gradient_for_the_adversary_is_taken_only_where_it_has_a_weight(
     config = load_config(["--data.shards", "x", "--objective.adversarial.weight", str(weight)])
     x_hat = torch.rand(2, 3, 64, 64, requires_grad=True)
     critic = Discriminator(64, 8)
+    generator = Mock(side_effect=lambda *_: (x_hat, torch.zeros(2, 1, 64, 64), torch.zeros(2, 8), torch.zeros(2, 8)))
+    discriminator = Mock(side_effect=critic, module=critic)
     trainer = SimpleNamespace(
         config=config,
         weights=objective_weights(config.objective),
-        gs=lambda *_: (x_hat, torch.zeros(2, 1, 64, 64), torch.zeros(2, 8), torch.zeros(2, 8)),
-        d=Mock(side_effect=critic, module=critic),
-        pulse=Pulse(),
+        both=(generator, discriminator),
+        discriminator_engine=discriminator,
+        heartbeat=Heartbeat(),
         progress=Progress(),
         loss_scale=LossScale(),
     )
@@ -109,11 +112,11 @@ def test_training_gives_up_after_many_rejected_steps_and_names_the_samples() -> 
     trainer = SimpleNamespace(
         progress=Progress(), config=load_config(["--data.shards", "x", "--trainer.max_rejected", "6"])
     )
-    good, bad = (judge([Report(float(finite), 1.0, 0, 0, 0)], math.inf) for finite in (True, False))
+    good, bad = (decide([Report(float(finite), 1.0, 0, 0, 0)], math.inf) for finite in (True, False))
 
-    def step(verdict: Verdict, number: int) -> None:
-        Trainer._count(trainer, verdict, number * 64)  # type: ignore[arg-type]
-        Trainer._give_up_if_hopeless(trainer, Losses(first=number * 64, verdict=verdict))  # type: ignore[arg-type]
+    def step(decision: StepDecision, number: int) -> None:
+        Trainer._count(trainer, decision, number * 64)  # type: ignore[arg-type]
+        Trainer._give_up_if_hopeless(trainer, Losses(first=number * 64, decision=decision))  # type: ignore[arg-type]
 
     for number in range(5):
         step(bad, number)

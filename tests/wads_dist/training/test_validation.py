@@ -16,7 +16,7 @@ from wads_dist.data.training import TrainingData, TrainingSplit
 from wads_dist.model.networks import Wads
 from wads_dist.model.weights import separate_model
 from wads_dist.shards.source import Dataset
-from wads_dist.training.trainer import Progress
+from wads_dist.training.progress import Progress
 from wads_dist.training.validation import COUNT, ValidationSamples, validation_figure
 
 CPU = torch.device("cpu")
