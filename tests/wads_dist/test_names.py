@@ -61,7 +61,7 @@ def test_what_a_run_writes_beside_its_categories_is_reserved() -> None:
         categories.LOG,
         report.REPORT,
     }
-    monitors = with_monitors({"csv_monitor": {"enabled": True}}, Path("run"), "nut")
+    monitors = with_monitors({"csv_monitor": {"enabled": True}}, Path("run/monitor"), "nut")
     assert written | {Path(monitors["csv_monitor"]["output_path"]).name} <= RESERVED
 
 

@@ -129,13 +129,13 @@ def _zero_block(path: Path, settings: dict[str, Any], config: Config) -> tuple[d
     return zero, of_file, problems
 
 
-def with_monitors(settings: dict[str, Any], run: Path, category: str) -> dict[str, Any]:
-    """``settings`` with ``tensorboard`` and ``csv_monitor``, where it enables them, writing to ``RUN/monitor/CATEGORY``: by
+def with_monitors(settings: dict[str, Any], folder: Path, category: str) -> dict[str, Any]:
+    """``settings`` with ``tensorboard`` and ``csv_monitor``, where it enables them, writing to ``folder/CATEGORY``: by
     DeepSpeed's defaults all categories would write to one place. A path given in the file is kept; the category is added."""
     result = dict(settings)
     for name in ("tensorboard", "csv_monitor"):
         if _enabled(result.get(name)):
-            result[name] = {"output_path": str(run / "monitor")} | result[name] | {"job_name": category}
+            result[name] = {"output_path": str(folder)} | result[name] | {"job_name": category}
     return result
 
 

@@ -36,10 +36,10 @@ from wads_dist.reporting.report_data import (
     read_run,
     show,
 )
-from wads_dist.runs.folder import EXAMPLES, METRICS
+from wads_dist.runs.folder import EXAMPLES, METRICS, REPORT
 from wads_dist.runs.reader import rank_times
 
-REPORT, TEMPLATE = "report.html", "report.html.j2"
+TEMPLATE = "report.html.j2"
 NOT_WRITTEN = 1
 # Of all pictures together, as they stand in the file: it must go through mail.
 PICTURE_BYTES = 4_000_000

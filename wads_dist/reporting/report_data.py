@@ -14,7 +14,7 @@ from typing import Any
 from wads_dist.common.files import read_object
 from wads_dist.reporting import paper
 from wads_dist.runs.events import History, read_history
-from wads_dist.runs.folder import EXAMPLES, EXAMPLES_FILE
+from wads_dist.runs.folder import CURVES, EVENTS, EXAMPLES, EXAMPLES_FILE, THRESHOLD
 from wads_dist.runs.leases import Attempt, attempts_of
 from wads_dist.runs.reader import CategoryStatus, RunStatus, launches, read_status
 from wads_dist.shards.addresses import public
@@ -176,8 +176,8 @@ def read_run(run: Path) -> RunRecord:
     categories = []
     for state in status.categories:
         folder = run / state.name
-        curves, threshold = read_object(folder / "curves.json"), read_object(folder / "threshold.json")
-        examples, history = read_object(folder / EXAMPLES / EXAMPLES_FILE), read_history(folder / "events.jsonl")
+        curves, threshold = read_object(folder / CURVES), read_object(folder / THRESHOLD)
+        examples, history = read_object(folder / EXAMPLES / EXAMPLES_FILE), read_history(folder / EVENTS)
         categories.append(Category(state, folder, curves, threshold, examples, history, attempts_of(run, state.name)))
     files = {}
     for name in FILES:

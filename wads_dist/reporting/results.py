@@ -7,13 +7,12 @@ from wads_dist.common.files import write_text
 from wads_dist.config.schema import Config
 from wads_dist.evaluation.evaluate import Evaluation, save_threshold
 from wads_dist.reporting.figures import save_examples, save_samples
-
-CURVES = "curves.json"
+from wads_dist.runs.folder import CURVES, SAMPLES
 
 
 def save_results(folder: Path, category: str, evaluation: Evaluation, config: Config) -> None:
     """Writes all of it into the category's folder, replacing that of an earlier evaluation."""
-    save_samples(folder / "samples.png", category, evaluation)
+    save_samples(folder / SAMPLES, category, evaluation)
     save_examples(folder, category, evaluation, config.evaluation.score_window)
     save_threshold(folder, evaluation.threshold, config.evaluation)
     write_text(folder / CURVES, json.dumps(evaluation.curves))

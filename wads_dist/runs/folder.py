@@ -1,7 +1,10 @@
-"""The names in a run's folder; README's table says what they are."""
+"""The names in a run's folder; README's table says what they are (``tests/wads_dist/runs/test_folder.py``)."""
 
-CONFIG, DEEPSPEED, SUMMARY, CODE = "config.toml", "deepspeed.json", "summary.json", "code.json"
-QUEUE, LOG = "queue", "log"
-METRICS, EVENTS, REJECTED = "metrics.json", "events.jsonl", "rejected.jsonl"
-WEIGHTS, THRESHOLD = "weights.safetensors", "threshold.json"
-EXAMPLES, EXAMPLES_FILE = "examples", "examples.json"
+# Of the run
+CONFIG, DEEPSPEED, CODE, SUMMARY = "config.toml", "deepspeed.json", "code.json", "summary.json"
+REPORT, QUEUE, LOG, MONITOR = "report.html", "queue", "log", "monitor"
+
+# Of a category
+METRICS, EVENTS, REJECTED, BATCH_SIZE = "metrics.json", "events.jsonl", "rejected.jsonl", "batch_size.json"
+WEIGHTS, THRESHOLD, CURVES, CHECKPOINTS = "weights.safetensors", "threshold.json", "curves.json", "checkpoints"
+SAMPLES, EXAMPLES, EXAMPLES_FILE = "samples.png", "examples", "examples.json"

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from wads_dist.common.errors import ConfigError, ExitCode
 from wads_dist.common.files import write_text
-from wads_dist.runs.folder import SUMMARY
+from wads_dist.runs.folder import CHECKPOINTS, SUMMARY
 from wads_dist.shards.addresses import VARIABLE, public, with_credentials
 from wads_dist.sweep import slurm
 from wads_dist.sweep.launch import POLL_SECONDS, Signals, train
@@ -43,7 +43,7 @@ from wads_dist.sweep.watch import Watch
 from wads_dist.training.checkpoint_files import steps
 
 QUEUE_SECONDS = 10.0
-LOGS, CHECKPOINTS = "logs", "checkpoints"
+LOGS = "logs"
 
 
 def sweep(

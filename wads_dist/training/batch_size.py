@@ -26,13 +26,13 @@ from wads_dist.config.schema import Config
 from wads_dist.data.training import TrainingData
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Discriminator, Wads
+from wads_dist.runs.folder import BATCH_SIZE
 from wads_dist.training import engines
 from wads_dist.training.losses import objective_weights
 from wads_dist.training.progress import Progress
 from wads_dist.training.timing import synchronise
 from wads_dist.training.trainer import Trainer
 
-RECORD = "batch_size.json"
 LEAST = 8
 """Fewer samples are tried only if so many do not fit: BatchNorm's statistics are of one forward pass."""
 STEPS = 3
@@ -136,7 +136,7 @@ def find_batch_size(config: Config, ranks: Ranks, data: TrainingData, folder: Pa
     Raises:
         ConfigError: not even one sample fits.
     """
-    record = folder / RECORD
+    record = folder / BATCH_SIZE
     about = {
         "world_size": ranks.world_size,
         "global_batch_size": config.trainer.global_batch_size,

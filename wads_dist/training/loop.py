@@ -37,7 +37,7 @@ from wads_dist.model.networks import Wads
 from wads_dist.model.weights import load_model, save_weights
 from wads_dist.reporting.results import save_results
 from wads_dist.runs.events import Events, finite_or_none
-from wads_dist.runs.folder import METRICS, REJECTED
+from wads_dist.runs.folder import CHECKPOINTS, METRICS, REJECTED
 from wads_dist.runs.leases import still_held
 from wads_dist.shards.source import Dataset
 from wads_dist.shards.verify import open_category
@@ -181,7 +181,7 @@ class CategoryTraining:
         self.dataset = open_category(shards, category, config.data.cache, decode_test=first)
         self.ranks = initialise(config, threads)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = self.folder / CHECKPOINTS
         manifest = self.dataset.manifest(category)
         self.data = checkpoint.DataHashes(manifest.fingerprint, {s.name: s.sha256 for s in manifest.shards})
         self.last_save = time.monotonic()

@@ -20,6 +20,7 @@ from wads_dist.kernels.objective import objective
 from wads_dist.kernels.synthesis import Batch
 from wads_dist.model.layers import use_kernels
 from wads_dist.model.networks import Discriminator, Wads
+from wads_dist.runs.folder import MONITOR
 from wads_dist.training import engines, graph, step_check
 from wads_dist.training.losses import Losses, WithGradient, adversarial_loss, discriminator_loss, objective_weights
 from wads_dist.training.progress import Progress, is_over, random_state, restore_random_state
@@ -73,7 +74,7 @@ class Trainer:
             use_kernels(network, config.trainer.kernels)
         settings = deepspeed_config(config, ranks.world_size, stage)
         rate, betas = config.trainer.learning_rate, config.trainer.betas
-        monitored = with_monitors(settings, config.run.dir, category)
+        monitored = with_monitors(settings, config.run.dir / MONITOR, category)
         self.generator_engine = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)
         self.discriminator_engine = engines.initialize(
             discriminator, engines.adam(discriminator, rate, betas), without_monitors(settings)

@@ -394,7 +394,7 @@ def test_precision_on_a_cpu() -> None:
 
 def test_every_category_has_monitors_of_its_own(tmp_path: Path) -> None:
     settings = {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True, "output_path": "elsewhere"}, "x": 1}
-    mine = with_monitors(settings, tmp_path, "nut")
+    mine = with_monitors(settings, tmp_path / "monitor", "nut")
     assert mine["tensorboard"] == {"enabled": True, "output_path": str(tmp_path / "monitor"), "job_name": "nut"}
     assert mine["csv_monitor"] == {"enabled": True, "output_path": "elsewhere", "job_name": "nut"}
     assert with_monitors({"csv_monitor": {"enabled": False}}, tmp_path, "nut") == {"csv_monitor": {"enabled": False}}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
 from tests.shards.host import serving
+from tests.wads_dist.runs.test_folder import documented
 from wads_dist.common.errors import ExitCode, ResumeError, WadsError
 from wads_dist.common.processes import free_port
 from wads_dist.config.load import load_config
@@ -76,6 +77,10 @@ def test_two_ranks_train_all_categories_under_the_launcher(demo_shards: Path, tm
     assert mean == pytest.approx(sum(m["pixel_auroc"] for m in summary["categories"].values()) / 2)
     assert load_config(["--config", str(run / "config.toml")]).trainer.samples == 48
     assert "commit" in json.loads((run / "code.json").read_text())
+    written_files = {
+        path.name for path in [*run.iterdir(), *(f for n in summary["categories"] for f in (run / n).iterdir())]
+    }
+    assert written_files - documented() == set(summary["categories"])
     assert "pixel" in first.stdout and str(run) in first.stdout.replace("\n", "")
 
     again = launch(command(demo_shards, run, *together), ranks=2)

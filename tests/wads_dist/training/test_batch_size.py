@@ -16,8 +16,9 @@ from wads_dist.common.errors import ConfigError
 from wads_dist.common.processes import free_port
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
+from wads_dist.runs.folder import BATCH_SIZE
 from wads_dist.training import batch_size
-from wads_dist.training.batch_size import RECORD, Rehearsal, choose, find_batch_size
+from wads_dist.training.batch_size import Rehearsal, choose, find_batch_size
 
 
 def tried(share: int, **seconds: float) -> dict[int, float]:
@@ -124,7 +125,7 @@ def test_what_was_found_elsewhere_is_not_taken(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(batch_size, "Rehearsal", Timed)
     found: list[int | None] = []
     for change in ({}, {}, {"world_size": 2}, {"device": "NVIDIA H100"}, {"precision": "fp16"}):
-        record = tmp_path / RECORD
+        record = tmp_path / BATCH_SIZE
         if record.is_file():
             record.write_text(json.dumps(json.loads(record.read_text()) | change))
         Timed.tries = []
@@ -141,7 +142,7 @@ def test_a_step_that_fits_nowhere_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     Timed.tries = []
     with pytest.raises(ConfigError, match="a step of one sample does not fit"):
         find_batch_size(CONFIG, ALONE, Samples(CONFIG), tmp_path)  # type: ignore[arg-type]
-    assert Timed.tries == [8, 4, 2, 1] and not (tmp_path / RECORD).exists()
+    assert Timed.tries == [8, 4, 2, 1] and not (tmp_path / BATCH_SIZE).exists()
 
 
 @pytest.mark.slow
@@ -166,4 +167,4 @@ def test_a_run_trains_with_what_was_found_and_goes_on_with_it(demo_shards: Path,
     assert second["micro_batch_size"] == first["micro_batch_size"] and second["images_per_second"] == {}
     newest = max(folder.glob("checkpoints/*/progress.json"), key=lambda p: p.stat().st_mtime)
     assert f"micro_batch_size = {first['micro_batch_size']}" in json.loads(newest.read_text())["config"]
-    assert json.loads((folder / RECORD).read_text())["world_size"] == 2
+    assert json.loads((folder / BATCH_SIZE).read_text())["world_size"] == 2
