@@ -38,13 +38,9 @@ def program(name: str, *arguments: object, timeout: float = 1500) -> str:
     return printed + errors
 
 
-def test_row_1_stopped_and_resumed_is_bitwise_the_unbroken_run(tmp_path: Path) -> None:
+def test_rows_1_and_2_stopped_and_resumed_by_as_many_ranks_and_by_others(tmp_path: Path) -> None:
     printed = program("exact_resume.py", tmp_path, "0,1,2,3")
     assert printed.count("numbers of rank 0 bitwise equal after the resume") == 4
-
-
-def test_row_2_from_two_ranks_to_one_and_back(tmp_path: Path) -> None:
-    printed = program("reshard_resume.py", tmp_path, "0,1,2,3")
     assert printed.count("2 -> 1 -> 2 ranks, same samples, same state") == 4
 
 
