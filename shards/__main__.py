@@ -29,7 +29,7 @@ def _shown(text: object) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description="Build and check WebDataset shards.")
+    parser = Parser(prog="wads shards", description="Build and check WebDataset shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="build shards from image folders, or a texture bank")

@@ -252,6 +252,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """``wads checkpoint``: exit code 0 good, 3 damaged, 2 wrong usage or nothing there."""
     parser = Parser(
+        prog="wads checkpoint",
         description="Show or verify training checkpoints. Exit code: 0 good, 3 damaged, 2 wrong usage or none there.",
     )
     parser.add_argument("command", choices=("inspect", "verify"), help="verify reads and hashes every file")
