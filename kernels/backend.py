@@ -25,3 +25,8 @@ def resolve(backend: Backend, device: "torch.device") -> Literal["triton", "nati
     if backend == "native" and device.type != "cpu":
         raise ValueError(f"the native kernels run on CPU tensors, these are on {device}")
     return backend
+
+
+# Which compiler there is does not change while a graph is traced. This is what torch.compiler.assume_constant_result marks a
+# function with (a test compares them); calling that would import all of torch._dynamo, which takes longer than torch.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -92,3 +92,9 @@ for name in {list(COMMANDS)}:
     assert not heavy, (name, heavy)
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+
+
+def test_the_api_imports_torch_and_nothing_that_takes_as_long() -> None:
+    heavy = "{'torch._dynamo', 'torchvision', 'deepspeed', 'sklearn', 'matplotlib'}"
+    program = f"import sys, wads_dist.deploy.predict; found = {heavy} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)

@@ -57,7 +57,7 @@ def objective(
         raise ValueError(f"rho must lie between 0 and 1, got {weights.rho}")
     if backend == "auto" and x.device.type == "cpu" and torch.float64 in (reconstruction.dtype, logits.dtype):
         backend = "torch"
-    implementation = _resolve(backend, x.device)
+    implementation = resolve(backend, x.device)
     if implementation == "torch":
         terms = terms_of_each_image(x.detach(), reconstruction, logits, mask.detach(), weights)
         means = terms.mean(1)
@@ -78,9 +78,6 @@ def _terms(total: Tensor, means: Tensor, per_image: Tensor) -> ObjectiveTerms:
     dissimilarity, mse, focal, kl = means.detach().unbind()
     return ObjectiveTerms(total, dissimilarity, mse, focal, kl, per_image.detach())
 
-
-# Which compiler there is does not change while a graph is traced.
-_resolve = torch.compiler.assume_constant_result(resolve)
 
 Fused = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

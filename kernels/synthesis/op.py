@@ -66,7 +66,7 @@ def synthesise(
         raise ValueError(
             f"image_index must be int64 {list(sample.shape)}, got {image_index.dtype} {list(image_index.shape)}"
         )
-    implementation = _resolve(backend, images.device)
+    implementation = resolve(backend, images.device)
     if implementation == "torch":
         number = int(seed) & 0xFFFFFFFFFFFFFFFF
         batch = reference(images, textures, sample, number, settings, image_index, count)
@@ -86,10 +86,6 @@ def synthesise(
 def _stored(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     clean, anomalous = (x.to(dtype, memory_format=torch.channels_last) for x in (batch.clean, batch.anomalous))
     return clean, anomalous, batch.mask.to(torch.uint8)
-
-
-# Which compiler there is does not change while a graph is traced.
-_resolve = torch.compiler.assume_constant_result(resolve)
 
 
 def _run(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.special import rel_entr
 from torchvision.ops import sigmoid_focal_loss
 
-from wads_dist.kernels.backend import Backend
+from wads_dist.kernels.backend import Backend, resolve
 from wads_dist.kernels.objective import KLDirection, KLForm, ObjectiveWeights, focal_loss, objective, sparsity_kl, ssim
 
 FORMS: tuple[KLForm, ...] = ("area", "pixel")
@@ -310,3 +310,8 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         objective(x, y, logits[..., 1:], mask)
     with pytest.raises(ValueError, match="at least 11x11"):
         objective(x[..., :10], y[..., :10], logits[..., :10], mask[..., :10])
+
+
+def test_the_choice_of_a_backend_is_a_constant_to_a_compiler() -> None:
+    """Marked as torch marks it, without its import of all of torch._dynamo."""
+    assert vars(resolve) == vars(torch.compiler.assume_constant_result(lambda: None))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,13 +30,14 @@ from wads_dist.deploy.defaults import OVERLAP
 from wads_dist.deploy.tiles import Floats, score_in_tiles
 from wads_dist.evaluation.metrics import image_score
 from wads_dist.kernels.synthesis import whole_images
-from wads_dist.model.networks import Wads
-from wads_dist.model.weights import read_model
 from wads_dist.reporting.colours import heat_colours, levels
 from wads_dist.runs.folder import THRESHOLD, WEIGHTS
 from wads_dist.shards.errors import DataError
 from wads_dist.shards.images import load_image, to_rgb, upright
 from wads_dist.shards.names import printable, require_category
+
+if TYPE_CHECKING:
+    from wads_dist.model.networks import Wads
 
 DESCRIPTION = "wads"  # key of the description in the metadata of an exported model
 OUTLINE = (0, 255, 255)
@@ -306,7 +307,7 @@ def resolve_thresholds(image: float | None, pixel: float | None, saved: dict[str
     )
 
 
-def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
+def load_weights(path: Path) -> "tuple[Wads, Description, dict[str, str]]":
     """The network of a category's folder or weights (evaluation mode, CPU), its description, and the file's header.
 
     The threshold is that of ``threshold.json`` beside the weights, which a person may have edited, else the header's.
@@ -314,6 +315,8 @@ def load_weights(path: Path) -> tuple[Wads, Description, dict[str, str]]:
     Raises:
         ModelFileError: no such file, or one without what this version needs.
     """
+    from wads_dist.model.weights import read_model  # imports torchvision, which takes as long as torch
+
     path = path / WEIGHTS if path.is_dir() else path
     model = read_model(path)
     try:
@@ -337,7 +340,7 @@ def _read_threshold(path: Path, of_training: dict[str, Any] | None) -> dict[str,
     return threshold if threshold == of_training else threshold | {"source": f"{path}, edited"}
 
 
-def torch_network(model: Wads, description: Description, device: torch.device) -> Network:
+def torch_network(model: "Wads", description: Description, device: torch.device) -> Network:
     """Runs in fp32 (no TF32): half precision ties scores."""
     model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     torch.backends.cudnn.allow_tf32 = False
