@@ -45,8 +45,8 @@ PYTEST := pytest --durations 20 --durations-min 10 -m "not gpu and not long and
 test: SHELL := /bin/bash
 test: lint ## check style and types, and run every test that needs no GPU
 	@# All parts run, whatever becomes of one; their last lines stand together in the end.
-	@$(RUN); export PATH; logs=$$(mktemp -d); failed=0; trap 'exit 130' INT; set -o pipefail; \
-	part() { echo "== $$1"; shift; "$$@" | tee $$logs/$$(ls $$logs | wc -l) || failed=1; }; \
+	@$(RUN); export PATH; logs=$$(mktemp -d); failed=0; trap 'rm -r $$logs; exit 130' INT; set -o pipefail; \
+	part() { echo "== $$1"; shift; "$$@" | tee -i $$logs/$$(ls $$logs | wc -l) || failed=1; }; \
 	part "side by side" env OMP_NUM_THREADS=1 $(PYTEST) not (alone or $(FAULTS))" -n logical --maxprocesses 8 --dist loadfile; \
 	part "faults" $(PYTEST) $(FAULTS)" -n 3 --dist loadfile --no-loadscope-reorder; \
 	part "alone" $(PYTEST) alone"; \
@@ -62,5 +62,5 @@ bench: setup ## run the benchmarks
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; PYTHONPATH=. $(RUN) python "$$file"; done
 
 clean: ## remove the demo's data and run, and caches; .venv and other runs stay
-	rm -rf .data/demo runs/demo .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .data/demo runs/demo .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -23,8 +23,8 @@ SAY_SECONDS = 10.0
 
 def check_program(program: Path) -> None:
     """Raises ConfigError if ``program`` is of another checkout than what was imported."""
-    beside = program.resolve().parent
-    if (beside / Path(__file__).name).is_file() and beside != Path(__file__).resolve().parent:
+    beside, ours = program.resolve().parent, Path(__file__).resolve().parent
+    if program.is_file() and beside.name == ours.name and (beside / "wads.py").is_file() and beside != ours:
         raise ConfigError([f"{program} belongs to another copy of WADS-dist than {PACKAGE}, which this Python imports; install "
             f"its own (pip install -e {beside.parent}), or start {PACKAGE / 'launch' / program.name}"])  # fmt: skip
 

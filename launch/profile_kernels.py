@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from wads_dist.profiling.names import DTYPES, KERNELS, LAYOUTS
 from wads_dist.shards.arguments import Parser, local, local_path
 

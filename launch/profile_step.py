@@ -17,7 +17,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         usage="%(prog)s [--steps N] [--json FILE] [--trace FILE] [--config FILE] [--SECTION.FIELD VALUE ...]",
         description="Times the joint training step of a configuration on noise images: phases, operators, FLOPs by module, "
         "utilisation, memory. Alone it is one rank; under deepspeed, all of them.",
-        epilog="Settings are those of launch/train.py (see its --help). Exit code 0; 2: the configuration is wrong.",
+        epilog="Settings are those of wads train (see its --help). Exit code 0; 2: the configuration is wrong.",
         allow_abbrev=False,
     )
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps to time (default: 20)")

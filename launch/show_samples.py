@@ -19,7 +19,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         usage="%(prog)s [--samples N] [--out FILE] [--config FILE] [--SECTION.FIELD VALUE ...]",
         description="Draws a contact sheet of the first training samples of a configuration: the clean crop, the anomalous "
         "image, and the mask's outline on it. They are those that the training draws, to the bit on the same device.",
-        epilog="Settings are those of launch/train.py (see its --help). Exit code 0; 2: the configuration is wrong; 3: the "
+        epilog="Settings are those of wads train (see its --help). Exit code 0; 2: the configuration is wrong; 3: the "
         "data is; 130: interrupted.",
         allow_abbrev=False,
     )

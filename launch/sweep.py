@@ -22,7 +22,7 @@ def parse(
     parser = Parser(
         usage="%(prog)s --out SWEEP [options] [--config FILE] [--SECTION.FIELD VALUE ...]",
         description=description,
-        epilog="Settings are those of launch/train.py (see its --help). Exit code 0: all is done; 2: the configuration is "
+        epilog="Settings are those of wads train (see its --help). Exit code 0: all is done; 2: the configuration is "
         "wrong; 3: the data is; 4: categories have failed; 5: the folder holds another sweep; 7: stopped; 130: interrupted.",
         allow_abbrev=False,
     )

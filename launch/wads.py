@@ -60,3 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> None:
     """The entry point of the installed command."""
     leave(main())
+
+
+if __name__ == "__main__":
+    program()

@@ -42,7 +42,7 @@ def test_a_killed_worker_of_one_host_ends_all(hosts: Hosts, demo_shards: Path, r
 
 
 def test_a_host_that_falls_silent_is_named_and_ends_all(hosts: Hosts, demo_shards: Path, run: Path) -> None:
-    """No connection is closed: only the missing pulses tell."""
+    """No connection is closed: only the missing heartbeats tell."""
     with start(hosts, demo_shards, run) as launch:
         launch.wait_for_steps(4)
         assert events(run, "resume")[-1]["step"] > 0

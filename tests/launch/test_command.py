@@ -4,6 +4,7 @@ import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,3 +94,26 @@ def test_a_rank_that_the_launcher_ends_meanwhile_has_the_same_exit_code(monkeypa
     monkeypatch.setattr("time.sleep", interrupted)
     monkeypatch.setenv("RANK", "1")
     assert run_command(train, []) == ExitCode.BAD_CONFIG
+
+
+def test_a_script_of_another_copy_is_refused_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An interpreter imports one copy: another's script would run with code that is not its own."""
+    (tmp_path / "launch").mkdir()
+    for name in ("train.py", "wads.py", "command.py"):
+        (tmp_path / "launch" / name).touch()
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for program, code in (
+        ("launch/train.py", ExitCode.BAD_CONFIG),
+        (str(tmp_path / "launch" / "train.py"), ExitCode.BAD_CONFIG),
+        (str(REPOSITORY / "launch" / "train.py"), ExitCode.OK),
+        (str(REPOSITORY / "wads_dist" / "launch" / "train.py"), ExitCode.OK),
+        ("wads train", ExitCode.OK),
+        ("command.py", ExitCode.OK),
+        ("-c", ExitCode.OK),
+    ):
+        monkeypatch.setattr(sys, "argv", [program])
+        assert run_command(lambda _: ExitCode.OK, []) == code, program
+    assert capsys.readouterr().err.count("belongs to another copy of WADS-dist") == 2

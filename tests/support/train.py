@@ -53,7 +53,7 @@ def train() -> None:
         hold_workers(Path(os.environ["HOLD"]))
     supervisor.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
         Popen=lambda command, env, pass_fds: Fork(
-            lambda: leave(worker.main()) or 0, command[:1] + command[2:], env, pass_fds
+            lambda: leave(worker.main()) or 0, command[:1] + command[3:], env, pass_fds
         )
     )
     leave(run_command(train_run))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,9 +15,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 """``wads_dist``; with kernels, shards, launch and configs in it, in a checkout by links."""
 
 
+def python_path() -> str:
+    """PYTHONPATH for a child that is to import this copy: what it is here, behind a checkout's root. The folder of installed
+    packages is on every child's path by itself, and behind the standard library."""
+    installed = str(PACKAGE.parent) in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    return os.pathsep.join(filter(None, ["" if installed else str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+
+
 def shipped(path: Path) -> Path:
-    """A file as given from the working folder, or else, where there is none, the package's of that name (``configs/…``)."""
-    path = path.expanduser()
+    """A file from the working folder, or else, where there is none, the package's of that name (``configs/…``)."""
     return PACKAGE / path if not path.exists() and (PACKAGE / path).is_file() else path
 
 

@@ -150,7 +150,7 @@ def read_settings(config: Config) -> tuple[Path, dict[str, Any]]:
     Raises:
         ConfigError: there is none, or it is not a JSON object.
     """
-    path = shipped(config.trainer.deepspeed)
+    path = shipped(config.trainer.deepspeed.expanduser())
     return path, _read(path)
 
 

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from wads_dist.common.errors import ConfigError
-from wads_dist.common.files import PACKAGE, shipped
+from wads_dist.common.files import shipped
 from wads_dist.config.presets import PRESETS
 from wads_dist.config.schema import (
     RESOLVED,
@@ -73,9 +73,10 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
         raise SystemExit(0)
     command_line, problems = _read_command_line(arguments)
     file = command_line.pop("config", None)
-    from_file = _read_toml(Path(file)) if file is not None else {}
+    file = shipped(Path(file)) if file is not None else None
+    from_file = _read_toml(file) if file is not None else {}
     resolved = from_file.pop(RESOLVED, False) is True
-    if file is not None and Path(file).name == "config.toml" and Path(file).with_name("code.json").is_file():
+    if file is not None and file.name == "config.toml" and file.with_name("code.json").is_file():
         resolved = True  # a run's record, perhaps of a version that did not say so
     if resolved:
         from_file = {path: value for path, value in from_file.items() if path not in RETIRED}
@@ -173,8 +174,8 @@ def config_difference(a: Config, b: Config) -> list[str]:
     return [f"{path}: {shown(before[path])} → {shown(after[path])}" for path in before if before[path] != after[path]]
 
 
-TRAIN = "launch/train.py" if (PACKAGE / "launch").is_symlink() else "--module wads_dist.launch.train"
-"""What DeepSpeed's launcher starts: in a checkout, and installed."""
+TRAIN = "launch/train.py" if Path("launch/train.py").is_file() else "--module wads_dist.launch.train"
+"""What DeepSpeed's launcher starts: in a checkout's folder, and anywhere else."""
 
 HOW_TO_START = f"""\
 How to start (README.md has more):
@@ -254,7 +255,7 @@ def _read_command_line(arguments: Sequence[str]) -> tuple[dict[str, Any], list[s
 def _read_toml(path: Path) -> dict[str, Any]:
     """Dotted path → value. Raises ConfigError naming the file, and the line where it is not TOML."""
     try:
-        tree = tomllib.loads(shipped(path).read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([f"config: cannot read {without_addresses(str(path))}: {error.strerror or error}"]) from None
     except UnicodeDecodeError:

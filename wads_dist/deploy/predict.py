@@ -380,7 +380,7 @@ def load_onnx(path: Path, device: torch.device) -> tuple[Network, Description, i
         require_category(description.category)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}" if path.is_file() else "no such file"
-        raise ModelFileError(f"{path}: not a model that launch/export.py has written ({problem})") from error
+        raise ModelFileError(f"{path}: not a model that wads export has written ({problem})") from error
 
     side = session.get_inputs()[0].shape[-1]
 

@@ -126,9 +126,7 @@ def trained_config(folder: Path) -> Config:
 def _weights(folder: Path) -> Path:
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ModelFileError(
-            f"{path}: no such file; the category has not finished training (run launch/train.py again)"
-        )
+        raise ModelFileError(f"{path}: no such file; the category has not finished training (run the training again)")
     return path
 
 
@@ -140,7 +138,9 @@ def load_model(folder: Path, config: Config, device: torch.device) -> Wads:
     """
     path = _weights(folder)
     try:
-        model = _built(config, config.data.image_size, load_file(path))
+        # Copies: the file may be replaced while its tensors are in use, and need not begin where vectors like to.
+        state = {name: value.clone() for name, value in load_file(path).items()}
+        model = _built(config, config.data.image_size, state)
     except Exception as error:
         raise ModelFileError(f"{path} does not fit the model of {folder.parent / 'config.toml'}: {error}") from error
     use_kernels(model, config.trainer.kernels)

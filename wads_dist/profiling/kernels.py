@@ -22,7 +22,7 @@ import triton
 from rich.console import Console
 
 from wads_dist.common.errors import ExitCode
-from wads_dist.common.files import PACKAGE, write_text
+from wads_dist.common.files import python_path, write_text
 from wads_dist.kernels import library
 from wads_dist.profiling.names import KERNELS, Kernel, Layout
 from wads_dist.profiling.peers import (
@@ -230,8 +230,9 @@ def compiled_kernels() -> list[dict[str, Any]]:
         RuntimeError: it failed; holds the last line of what it said.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "wads_dist.kernels.compiled", "--json"]
-    done = subprocess.run(command, cwd=PACKAGE.parent, env=environment, capture_output=True, text=True)
+    environment["PYTHONPATH"] = python_path()
+    command = [sys.executable, "-P", "-m", "wads_dist.kernels.compiled", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing"]
         raise RuntimeError(f"wads_dist.kernels.compiled exited with {done.returncode} and said: {said[-1]}")

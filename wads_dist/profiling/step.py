@@ -1,6 +1,6 @@
 """Where the time of a training step goes: by phase, by operator, and beside what the device could compute.
 
-The step is the trainer's own, on images made here, so that no data set is needed. Phases are what lies between the marks that
+The step is the trainer's own, on images made here, so that no data set is needed. Phases are what lies between the moments that
 the trainer sets anyway; on a GPU they are the stream's time, which the host may run ahead of.
 """
 
@@ -60,7 +60,7 @@ class RandomImages:
 
 
 class PhaseClock(Heartbeat):
-    """Adds up the time between the trainer's marks, by phase."""
+    """Adds up the time of the phases that the trainer enters."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

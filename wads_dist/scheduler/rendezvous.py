@@ -96,7 +96,7 @@ class Launch:
         """Ranks on this node whose process is known to have ended, which a missing heartbeat tells only after a while."""
         self.abandoned = threading.Event()
         """This process ends at once: whatever waits here gives up."""
-        self._line = CallWithTimeout() if store is not None else None
+        self._timed = CallWithTimeout() if store is not None else None
         self._peers: dict[int, Peer] = {}
         self._looked = time.monotonic()
         self._failure: WadsError | None = None
@@ -106,8 +106,8 @@ class Launch:
         if store is not None:
             # A rank that has not joined yet is given longer.
             self.watch(range(1, world_size) if self.is_first else [0], JOIN_SECONDS)
-            self._pulse = threading.Thread(target=self._exchange, daemon=True)
-            self._pulse.start()
+            self._exchanging = threading.Thread(target=self._exchange, daemon=True)
+            self._exchanging.start()
 
     @classmethod
     def from_environment(cls) -> "Launch":
@@ -184,11 +184,11 @@ class Launch:
         return self._call("get", key).decode() if self.store is not None and self._call("check", [key]) else None
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        assert self._line is not None
+        assert self._timed is not None
         if self._failure is not None:
             raise self._failure
         try:
-            return self._line.call(lambda: getattr(self.store, name)(*arguments))
+            return self._timed.call(lambda: getattr(self.store, name)(*arguments))
         except (TimeoutError, dist.DistError) as error:
             self._failure = RankLostError(
                 f"rank 0 at {self.address}, which holds the launch together, is gone or cannot be reached "
@@ -219,7 +219,7 @@ class Launch:
                 return  # kept in self._failure, which check raises
 
     def _look(self) -> None:
-        """Reads the pulses of the ranks this one watches: in one call, once they have all joined."""
+        """Reads the heartbeats of the ranks this one watches: in one call, once they have all joined."""
         peers = self._peers
         unknown = [rank for rank, peer in peers.items() if not peer.text]
         absent = {rank for rank in unknown if not self._call("check", [f"heartbeat/{rank}"])}
@@ -314,7 +314,7 @@ class Launch:
         if self.store is None or self._closed.is_set():
             return
         self._closed.set()
-        self._pulse.join(BEAT_SECONDS)  # this heartbeat must be the last
+        self._exchanging.join(BEAT_SECONDS)  # this heartbeat must be the last
         known = isinstance(error, RankLostError)
         reason = str(error) if known else f"rank {self.rank} on {self.host} has left: {error or 'interrupted'}"
         try:

@@ -35,7 +35,7 @@ def evaluate_run(config: Config) -> int:
     if config.data.categories == ["all"]:
         categories = [c for c in categories if (config.run.dir / c / METRICS).is_file()]
     if not categories:
-        raise ModelFileError(f"{config.run.dir}: no category has finished training; run launch/train.py first")
+        raise ModelFileError(f"{config.run.dir}: no category has finished training; train it first")
     settings = {category: scoring_settings(config.run.dir / category, config) for category in categories}
     refuse_links(config.run.dir, categories)
     console = Console()

@@ -277,4 +277,4 @@ def report_of(run: Path) -> str:
     try:
         return write_report(run).name
     except Exception as error:
-        return f"no report ({error}; launch/report.py tries again)"
+        return f"no report ({error}; wads report tries again)"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from wads_dist.common.errors import ExitCode, RankLostError, WadsError
-from wads_dist.common.files import PACKAGE
+from wads_dist.common.files import python_path
 from wads_dist.common.heartbeat import UNTIMED, Listener, stalled
 from wads_dist.common.signals import ASKING
 from wads_dist.config.schema import Config
@@ -24,7 +24,7 @@ from wads_dist.runs.folder import EVENTS
 from wads_dist.runs.leases import Lease
 from wads_dist.scheduler.rendezvous import Group
 
-WORKER = (sys.executable, "-m", "wads_dist.training.worker")
+WORKER = (sys.executable, "-P", "-m", "wads_dist.training.worker")  # -P: nothing is imported from the working folder
 POLL_SECONDS, LOOK_SECONDS = 0.2, 1.0
 # For workers whose peer has saved and ended as they are about to.
 GRACE_SECONDS = 10.0
@@ -120,7 +120,7 @@ class Worker:
             "TORCHELASTIC_USE_AGENT_STORE": "False",
             # torch and DeepSpeed deprecate each other's calls; a user can do nothing about it.
             "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": python_path(),
         }
         what = [
             "--run",

@@ -38,7 +38,7 @@ from wads_dist.sweep.plan import (
     read_variants,
     record,
 )
-from wads_dist.sweep.summary import decision, show, summarise
+from wads_dist.sweep.summary import exit_code_of, show, summarise
 from wads_dist.sweep.watch import Watch
 from wads_dist.training.checkpoint_files import steps
 
@@ -86,7 +86,7 @@ def sweep(
         return ExitCode.INTERRUPTED
     stopped = None if options else run_here(watch)
     summary = summarise(plan)
-    summary["exit_code"] = int(decision(summary) if stopped is None else stopped)
+    summary["exit_code"] = int(exit_code_of(summary) if stopped is None else stopped)
     write_text(out / SUMMARY, json.dumps(summary, indent=1))
     with suppress(OSError, SystemExit):  # nobody may be left to read it
         show(summary, console)

@@ -94,7 +94,7 @@ def job_script(out: Path, name: str, tasks: Iterable[int], options: JobOptions) 
     return "\n".join(
         [
             "#!/bin/bash",
-            "# Written by launch/sweep.py. Each element of the array trains one category of one run.",
+            "# Written by wads sweep. Each element of the array trains one category of one run.",
             *(f"#SBATCH {line}" for line in lines),
             "",
             "# exec, because the signal before the time limit reaches this shell alone.",

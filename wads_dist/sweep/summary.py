@@ -64,7 +64,7 @@ def failed(sweep: Sweep) -> dict[str, dict[str, int]]:
     return found
 
 
-def decision(summary: dict[str, Any]) -> ExitCode:
+def exit_code_of(summary: dict[str, Any]) -> ExitCode:
     """The exit code that a summary amounts to."""
     if summary["complete"]:
         return ExitCode.OK

@@ -56,7 +56,7 @@ def test_a_listener_hears_the_last_line_and_ages_it_when_nothing_more_comes(monk
     assert aged.silent >= 60 and aged.still >= 58
 
 
-def test_a_pulse_counts_its_marks() -> None:
+def test_a_heartbeat_counts_the_phases_entered() -> None:
     heartbeat = Heartbeat()
     heartbeat.enter("data", 7)
     heartbeat.enter("forward", 7)

@@ -39,8 +39,8 @@ def program(name: str, *arguments: object, timeout: float = 1500) -> str:
 
 
 def test_rows_1_and_2_stopped_and_resumed_by_as_many_ranks_and_by_others(tmp_path: Path) -> None:
-    printed = program("exact_resume.py", tmp_path, "0,1,2,3")
-    assert printed.count("numbers of rank 0 bitwise equal after the resume") == 4
+    printed = program("exact_resume.py", tmp_path, "0,1,2,3,3g")
+    assert printed.count("numbers of rank 0 bitwise equal after the resume") == 5
     assert printed.count("2 -> 1 -> 2 ranks, same samples, same state") == 4
 
 

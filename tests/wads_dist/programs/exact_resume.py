@@ -30,20 +30,23 @@ from wads_dist.training.trainer import Trainer
 
 FIRST, SECOND, WHOLE = 3, 6, 9
 """Steps: where the unbroken run saves, where it is compared with the resumed one, and where all end."""
-TOLERANCE = 1e-6
-"""Largest relative difference of a step's mean loss between one rank and two, both in micro-batches of 2. 1.3e-7 was seen."""
+GROUPED = "3g"
+"""ZeRO-3 with several groups of parameters, as large models have: each has its own count of steps."""
+TOLERANCE = {"0": 2e-3}
+"""Largest relative difference of a step's mean loss between one rank and two: in micro-batches of 2 on both (1e-6; 1.3e-7 was
+seen), at ZeRO-0 in one, where BatchNorm sees 8 samples at once on one rank and twice 4 on two."""
 
 
 def trainer_at(stage: str, ranks: Ranks, base: Path) -> Trainer:
-    settings = json.loads(Path(f"configs/deepspeed/zero{stage}.json").read_text())
-    # Several groups of parameters at ZeRO-3, as large models have: each has its own count of steps.
-    settings["zero_optimization"]["sub_group_size"] = 200_000
+    settings = json.loads(Path(f"configs/deepspeed/zero{stage[0]}.json").read_text())
+    if stage == GROUPED:
+        settings["zero_optimization"]["sub_group_size"] = 200_000
     path = base / f"zero{stage}-{ranks.rank}.json"
     path.write_text(json.dumps(settings))
-    options = ["--trainer.deepspeed", str(path), "--trainer.micro_batch_size", "2"]
+    options = ["--trainer.deepspeed", str(path), *([] if stage == "0" else ["--trainer.micro_batch_size", "2"])]
     trainer = small_trainer(ranks, *options, "--trainer.ema", "0.9", "--trainer.learning_rate", "3e-4", *sys.argv[3:])
     trainer.loss_scale = engines.LossScale(scale=1.0, dynamic=True, interval=2)  # moves within this test
-    assert stage != "3" or len(trainer.generator_engine.optimizer.fp16_groups) > 1
+    assert stage != GROUPED or len(trainer.generator_engine.optimizer.fp16_groups) > 1
     return trainer
 
 
@@ -160,7 +163,7 @@ def leg(ranks: Ranks, until: int, stage: str, base: Path) -> None:
     left = [path.name for path in folder.glob(".universal*")]
     ranks.barrier()
     assert not left, left
-    torch.save(steps(trainer, until), base / f"part-{stage}-{until}.pt")
+    torch.save(steps(trainer, until), base / f"part-{stage}-{until}-{ranks.rank}.pt")
     torch.save(whole_state(trainer), base / f"state-{stage}-{until}-{ranks.rank}.pt")
     assert checkpoint.save(trainer, folder, DATA).path
 
@@ -169,17 +172,17 @@ def main(base: Path) -> None:
     for stage in sys.argv[2].split(","):
         lives.run(2, lambda ranks, stage=stage: unbroken(ranks, stage, base))
         lives.run(2, lambda ranks, stage=stage: resumed(ranks, stage, base))
-        if len(sys.argv) > 3:
+        if len(sys.argv) > 3 or stage == "3":
             continue
         for world, until in ((1, SECOND), (2, WHOLE)):
             lives.run(world, lambda ranks, stage=stage, until=until: leg(ranks, until, stage, base))
         done = torch.load(base / f"done-{stage}-0.pt")
-        parts = [done[0], *(torch.load(base / f"part-{stage}-{until}.pt") for until in (SECOND, WHOLE))]
+        parts = [done[0], *(torch.load(base / f"part-{stage}-{until}-0.pt") for until in (SECOND, WHOLE))]
         ids, part_ids = ([step for ids, _ in d for step in ids] for d in (done, parts))
         losses, part_losses = ([loss for _, losses in d for loss in losses] for d in (done, parts))
         assert part_ids == ids == [list(range(8 * i, 8 * i + 8)) for i in range(WHOLE)]
         worst = max(abs(a / b - 1) for a, b in zip(part_losses, losses, strict=True))
-        assert worst < TOLERANCE, (part_losses, losses)
+        assert worst < TOLERANCE.get(stage, 1e-6), (part_losses, losses)
         print(f"zero{stage}: 2 -> 1 -> 2 ranks, same samples, same state, losses within {worst:.1e}", flush=True)
 
 

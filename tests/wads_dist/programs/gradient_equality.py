@@ -28,20 +28,20 @@ class PlainLoop:
         self.config, self.parts = small_config(*overrides), parts
         torch.manual_seed(self.config.trainer.seed)
         self.wads = Wads(self.config.model, 64)
-        self.discriminator_engine = Discriminator(64, self.config.model.width)
-        self.nets = nn.ModuleDict({"wads": self.wads, "d": self.discriminator_engine})
+        self.discriminator = Discriminator(64, self.config.model.width)
+        self.nets = nn.ModuleDict({"wads": self.wads, "d": self.discriminator})
         self.data = Samples(self.config)
         rate, betas = self.config.trainer.learning_rate, self.config.trainer.betas
         self.optimizers = [
             torch.optim.Adam(net.parameters(), rate, betas) if adam else torch.optim.SGD(net.parameters(), rate)
-            for net in (self.wads, self.discriminator_engine)
+            for net in (self.wads, self.discriminator)
         ]
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.nets.named_parameters()}
 
     def step(self, first: int) -> None:
-        wads, d, w, parts = self.wads, self.discriminator_engine, self.config.objective, self.parts
+        wads, d, w, parts = self.wads, self.discriminator, self.config.objective, self.parts
         self.nets.zero_grad()
         for ids in torch.arange(first, first + 8).chunk(parts):
             batch = self.data.batch(ids)

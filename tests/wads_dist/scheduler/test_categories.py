@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from wads_dist.common.errors import ExitCode, RankLostError
+from wads_dist.common.files import python_path
 from wads_dist.common.signals import StopRequest
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
@@ -19,7 +21,7 @@ from wads_dist.scheduler import categories as module
 from wads_dist.scheduler.categories import Plan, work
 from wads_dist.scheduler.plan import RankInfo
 from wads_dist.scheduler.rendezvous import Launch
-from wads_dist.scheduler.supervisor import Cores, Task, Worked
+from wads_dist.scheduler.supervisor import WORKER, Cores, Task, Worked
 
 Supervise = Callable[[str, int], int]
 
@@ -197,3 +199,17 @@ def test_the_cores_of_a_node_are_shared_by_its_workers(
 def test_the_cores_that_a_launcher_has_given_a_rank_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3} if pid == 0 else set(range(8)))
     assert Cores.share(load_config(["--parallel.pin_cores", "true"]), 1, 4, 0) == Cores(2, (2, 3))
+
+
+def test_a_worker_imports_nothing_from_the_working_folder(tmp_path: Path) -> None:
+    for name in ("wads_dist/__init__.py", "queue.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('imported from the working folder')")
+    asked = subprocess.run(
+        [*WORKER, "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+    )
+    assert asked.returncode == 0 and "--category" in asked.stdout, asked.stderr

@@ -32,7 +32,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
     yield launches
     for launch in launches:
         launch._closed.set()
-        launch._pulse.join(5)
+        launch._exchanging.join(5)
 
 
 def together(launches: list[Launch], act: Callable[[Launch], Any]) -> list[Any]:
@@ -212,7 +212,7 @@ def test_what_the_ranks_of_an_earlier_life_agreed_on_does_not_count(monkeypatch:
         assert launch.flag("stop") == "asked"
         launch.everybody().broadcast("concluded", "7")
         launch._closed.set()
-        launch._pulse.join(5)
+        launch._exchanging.join(5)
     assert agent.check(["/concluded", "1//concluded"])
 
 

@@ -25,7 +25,7 @@ from wads_dist.sweep import slurm
 from wads_dist.sweep.plan import Run, load, open_sweep, parse_grid, plan_runs, read_record, read_variants, record
 from wads_dist.sweep.run import sweep
 from wads_dist.sweep.slurm import JobOptions, Queued, array_of, job_script
-from wads_dist.sweep.summary import decision, spread, summarise
+from wads_dist.sweep.summary import exit_code_of, spread, summarise
 from wads_dist.sweep.watch import Watch, in_queue
 
 RHO = "objective.kl.rho"
@@ -359,7 +359,7 @@ def test_the_mean_over_categories_is_of_whole_runs(settings: list[str], tmp_path
     assert point["mean"]["pixel_ap"]["n"] == 0
     assert point["categories"]["demo_biscuit"]["pixel_auroc"]["values"] == [0.6, 0.8, 1.0]
     assert summary["missing"] == {"kl.rho=0.1,seed=2": ["demo_leafplate"]} and not summary["complete"]
-    assert decision(summary) == ExitCode.PREEMPTED
+    assert exit_code_of(summary) == ExitCode.PREEMPTED
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_the_exit_code_says_what_became_of_the_categories(
     for category, failed in zip(run.missing, codes, strict=False):
         plan.ended_file(run, category).parent.mkdir(parents=True, exist_ok=True)
         plan.ended_file(run, category).write_text(str(failed))
-    assert decision(summarise(plan)) == code
+    assert exit_code_of(summarise(plan)) == code
 
 
 def test_a_rank_that_was_lost_has_failed_though_nobody_ended_its_attempt(settings: list[str], tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_rank_that_was_lost_has_failed_though_nobody_ended_its_attempt(setting
     path = plan.ended_file(run, run.categories[0])
     path.parent.mkdir(parents=True)
     path.write_text("8")
-    assert decision(summarise(plan)) == ExitCode.RANK_LOST
+    assert exit_code_of(summarise(plan)) == ExitCode.RANK_LOST
 
 
 def test_scores_of_pixels_alone_count_as_done(settings: list[str], tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_scores_of_pixels_alone_count_as_done(settings: list[str], tmp_path: Pat
     ended = plan.ended_file(run, run.categories[1])
     ended.parent.mkdir(parents=True)
     ended.write_text("3")
-    assert decision(summarise(plan)) == ExitCode.CATEGORY_FAILED
+    assert exit_code_of(summarise(plan)) == ExitCode.CATEGORY_FAILED
 
 
 def test_a_terminal_that_nobody_reads_does_not_end_the_sweep(settings: list[str], tmp_path: Path) -> None:
