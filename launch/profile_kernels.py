@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> "Options":
         parser.error("argument --device: torch sees no GPU here; leave --device out, or say cpu")
     known = dict.fromkeys(i.name for i in IMPLEMENTATIONS)
     if unknown := [name for name in given.only if name not in known]:
-        parser.error(f"argument --only: no implementation {unknown[0]!r}; there are {', '.join(known)}")
+        parser.error(f"argument --only: invalid choice: {unknown[0]!r} (choose from {', '.join(known)})")
     if min(given.batches) < 1:
         parser.error(f"argument --batch: {min(given.batches)} must be at least 1")
     if given.size < WINDOW:

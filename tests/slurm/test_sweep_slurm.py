@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from tests.conftest import REPOSITORY, environment
 from tests.slurm.conftest import Slurm
 from tests.support.launching import BATCH, events, wait_for
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import ExitCode
 
 pytestmark = [pytest.mark.slurm, pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1800)]
 CATEGORIES = ["demo_biscuit", "demo_leafplate", "demo_washer"]
 STEPS, EVERY = 24, 4
 OPTIONS = (
-    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
-    f"--model.latent 16 --trainer.global_batch_size {BATCH} --trainer.samples {BATCH * STEPS} --trainer.log_every 1 "
+    f"{NARROW} --trainer.global_batch_size {BATCH} --trainer.samples {BATCH * STEPS} --trainer.log_every 1 "
     # A lease that a dead node has left behind is not waited for long.
     f"--trainer.threads 1 --checkpoint.every_steps {EVERY} --checkpoint.keep 1 --parallel.lease_seconds 10"
 ).split()

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
 from tests.support.forked import Ranks
+from tests.support.narrow import NARROW
 
 CATEGORY = "demo_biscuit"
 BATCH, STEPS, EVERY = 8, 60, 4
 OPTIONS = (
-    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
-    f"--model.latent 16 --trainer.global_batch_size {BATCH} --trainer.samples {BATCH * STEPS} --trainer.log_every 1 "
+    f"{NARROW} --trainer.global_batch_size {BATCH} --trainer.samples {BATCH * STEPS} --trainer.log_every 1 "
     # One thread, so that the same bits come out however the ranks are spread over hosts.
     f"--trainer.threads 1 --checkpoint.every_steps {EVERY} --data.categories {CATEGORY} "
     # What ends a worker ends the launch, and is not mended by another try.

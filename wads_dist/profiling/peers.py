@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wads_dist.kernels.objective import SIGMA, WINDOW, ObjectiveWeights, objective, sparsity_kl
 from wads_dist.kernels.objective import triton as objective_triton
-from wads_dist.kernels.synthesis import SynthesisSettings, synthesise, whole_images
+from wads_dist.kernels.synthesis import SynthesisSettings, synthesise
 from wads_dist.profiling import names
 from wads_dist.profiling.names import Kernel, Layout
 
@@ -34,11 +34,8 @@ WEIGHTS = ObjectiveWeights()
 
 PACKAGES = {
     "fussim": "fussim",
-    "fused-ssim": "fused_ssim",
     "pytorch-msssim": "pytorch_msssim",
-    "kornia": "kornia",
     "torchvision": "torchvision",
-    "anomalib": "anomalib",
     "perlin-numpy": "perlin_numpy",
     "opencv": "cv2",
 }
@@ -194,12 +191,6 @@ def _fussim(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
         return _dissimilarity(fused_ssim(y, x, padding="valid"))
 
 
-def _fused_ssim(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-    from fused_ssim import fused_ssim
-
-    return _dissimilarity(fused_ssim(y, x, padding="valid"))
-
-
 def _pytorch_msssim(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     from pytorch_msssim import ssim
 
@@ -228,15 +219,6 @@ def _from_parts(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
     return reconstruction + _torchvision(x, y, logits, mask) + WEIGHTS.kl * kl
 
 
-def _kornia(x: Tensor, y: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-    """The terms of anomalib's DraemLoss, through the functions that it calls."""
-    from kornia.losses import binary_focal_loss_with_logits, ssim_loss
-
-    similarity = 1 - 2 * ssim_loss(y, x, WINDOW, padding="valid")
-    focal = binary_focal_loss_with_logits(logits, mask.to(logits.dtype), None, WEIGHTS.gamma, "mean")
-    return _dissimilarity(similarity) + _squared_error(x, y) + WEIGHTS.focal * focal
-
-
 # --- synthesis ----------------------------------------------------------------------------------------------------------------
 
 
@@ -247,15 +229,6 @@ def _synthesis(backend: Any, compiled: bool = False) -> Callable[..., Callable[[
         return lambda: run(images, textures, sample, 0, case.settings, backend=backend, dtype=dtype)
 
     return prepare
-
-
-def _anomalib(case: Case, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Noise, mask and blend alone, on images already cropped."""
-    from anomalib.data.utils.generators.perlin import PerlinAnomalyGenerator
-
-    generator = PerlinAnomalyGenerator(probability=1 - case.settings.clean_fraction)
-    clean = whole_images(inputs[0], case.size)
-    return lambda: generator(clean)
 
 
 def _draem(case: Case, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
@@ -316,15 +289,12 @@ IMPLEMENTATIONS = (
     _objective("torch", _ours("torch")),
     _objective("torch.compile", _compiled_objective),
     _objective("pytorch-msssim + torchvision", _from_parts, packages=("pytorch-msssim", "torchvision"), **_FP32),
-    _objective("kornia", _kornia, ("ssim", "mse", "focal"), packages=("kornia",), waits=True, **_FP32),
     _objective("fussim", _dense(_fussim), ("ssim",), packages=("fussim",), dtypes=("fp32", "fp16"), **_GPU),
-    _objective("fused-ssim", _dense(_fused_ssim), ("ssim",), packages=("fused-ssim",), **_FP32, **_GPU),
     _objective("pytorch-msssim", _pytorch_msssim, ("ssim",), packages=("pytorch-msssim",), **_FP32),
     _objective("torchvision", _torchvision, ("focal",), packages=("torchvision",), **_FP32),
     Implementation("triton", "synthesis", _synthesis("triton"), **_GPU),
     Implementation("native", "synthesis", _synthesis("native"), devices=("cpu",)),
     Implementation("torch", "synthesis", _synthesis("torch"), waits=True),
     Implementation("torch.compile", "synthesis", _synthesis("torch", compiled=True), waits=True),
-    Implementation("anomalib", "synthesis", _anomalib, packages=("anomalib",), waits=True, **_FP32),
     Implementation("DRAEM", "synthesis", _draem, packages=("perlin-numpy", "opencv"), waits=True, **_FP32),
 )

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import REPOSITORY, environment
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import ExitCode, WadsError
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
@@ -34,10 +35,7 @@ from wads_dist.model.weights import save_weights
 
 pytestmark = pytest.mark.slow  # exporting takes seconds
 
-SMALL = (
-    "--data.image_size 64 --data.store_size 128 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
-    "--model.latent 16"
-)
+SMALL = f"{NARROW} --data.store_size 128"
 THRESHOLDS = Threshold(0.25, 0.5, "normal images held out of training", 9, 0.01, 0.05, {})
 
 

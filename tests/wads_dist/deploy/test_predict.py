@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import REPOSITORY, environment
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import ConfigError, ExitCode, ModelFileError, WadsError
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
@@ -45,10 +46,7 @@ THRESHOLD = Threshold(0.25, 0.5, "normal images held out of training", 9, 0.01, 
 @pytest.fixture(scope="module")
 def config() -> Config:
     """Stored at twice the training size, as real runs are: both steps of the resizing count."""
-    return load_config(
-        "--data.shards x --data.image_size 64 --data.store_size 128 --model.backbone resnet18 --model.width 8 "
-        "--model.fpn_width 32 --model.latent 16".split()
-    )
+    return load_config(f"--data.shards x {NARROW} --data.store_size 128".split())
 
 
 @pytest.fixture(scope="module")

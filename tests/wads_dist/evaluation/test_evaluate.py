@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import WadsError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
@@ -45,10 +46,7 @@ THRESHOLD = Threshold(
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load_config(
-        "--data.shards x --data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 "
-        "--model.fpn_width 32 --model.latent 16".split()
-    )
+    return load_config(f"--data.shards x {NARROW}".split())
 
 
 def images(count: int, defects: list[str] | None = None) -> TestImages:

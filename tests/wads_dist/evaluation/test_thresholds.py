@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import ResumeError
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
@@ -35,11 +36,7 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 
 
 def config(*overrides: str) -> Config:
-    fixed = (
-        "--data.shards x --data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 "
-        "--model.fpn_width 32 --model.latent 16"
-    )
-    return load_config([*fixed.split(), *overrides])
+    return load_config([*f"--data.shards x {NARROW}".split(), *overrides])
 
 
 @pytest.fixture(scope="module")

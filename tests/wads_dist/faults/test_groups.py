@@ -24,6 +24,7 @@ from tests.support.launching import (
     summary,
     wait_for,
 )
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import ExitCode
 from wads_dist.runs.leases import attempts_of
 from wads_dist.runs.reader import rank_times
@@ -31,8 +32,7 @@ from wads_dist.runs.reader import rank_times
 pytestmark = [pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(1500)]
 STEPS = 2
 OPTIONS = (
-    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
-    f"--model.latent 16 --trainer.global_batch_size 8 --trainer.samples {8 * STEPS} --trainer.log_every 1 "
+    f"{NARROW} --trainer.global_batch_size 8 --trainer.samples {8 * STEPS} --trainer.log_every 1 "
     "--trainer.threads 1 --checkpoint.every_steps 1 --checkpoint.keep 1 --checkpoint.keep_best false"
 ).split()
 FOUR = ["demo_biscuit", "demo_gear", "demo_leafplate", "demo_weave"]

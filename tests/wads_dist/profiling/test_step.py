@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, environment
+from tests.support.narrow import NARROW
 from wads_dist.launch.profile_step import parse
 from wads_dist.profiling.step import PhaseClock
 
-TINY = (
-    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
-    "--model.latent 16 --trainer.global_batch_size 4 --trainer.threads 1 --model.standardise_code false"
-).split()
+TINY = f"{NARROW} --trainer.global_batch_size 4 --trainer.threads 1 --model.standardise_code false".split()
 
 
 def test_phases_add_up_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:

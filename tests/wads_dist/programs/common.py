@@ -6,6 +6,7 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from tests.support.narrow import NARROW
 from wads_dist.common.ranks import Ranks, unname_shared_memory
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
@@ -40,8 +41,7 @@ class Samples:
 def small_config(*overrides: str) -> Config:
     """8 samples a step at 64 pixels, narrow networks, fp32."""
     fixed = (
-        "--data.shards none --data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 "
-        "--model.fpn_width 32 --model.latent 16 --trainer.samples 800 --trainer.global_batch_size 8 --trainer.precision fp32 "
+        f"--data.shards none {NARROW} --trainer.samples 800 --trainer.global_batch_size 8 --trainer.precision fp32 "
         # Noise images have all but equal codes: to standardise those would magnify rounding.
         "--model.standardise_code false"
     )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY, environment
 from tests.shards.host import serving
+from tests.support.narrow import NARROW
 from tests.wads_dist.runs.test_folder import documented
 from wads_dist.common.errors import ExitCode, ResumeError, WadsError
 from wads_dist.common.processes import free_port
@@ -28,10 +29,7 @@ from wads_dist.scheduler.rescore import evaluate_run
 from wads_dist.scheduler.run import conclude, died, train_run
 from wads_dist.scheduler.supervisor import first_cause
 
-SMALL = (
-    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
-    "--model.latent 16 --trainer.global_batch_size 8 --trainer.samples 48 --trainer.log_every 1"
-).split()
+SMALL = f"{NARROW} --trainer.global_batch_size 8 --trainer.samples 48 --trainer.log_every 1".split()
 
 
 def command(shards: Path, run: Path, *more: str) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import ConfigError, ExitCode
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
@@ -20,10 +21,7 @@ from wads_dist.sweep.plan import open_sweep, plan_runs, record
 from wads_dist.sweep.run import sweep
 from wads_dist.sweep.summary import SCORES, spread
 
-TINY = (
-    "--data.image_size 64 --data.store_size 64 --data.categories demo_biscuit --model.backbone resnet18 --model.width 8 "
-    "--model.fpn_width 32 --model.latent 16"
-)
+TINY = f"{NARROW} --data.categories demo_biscuit"
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tests.conftest import REPOSITORY, environment
 from tests.support.launching import events, processes
+from tests.support.narrow import NARROW
 from wads_dist.common.errors import ConfigError, ExitCode, ResumeError
 from wads_dist.launch.sweep import parse
 from wads_dist.runs.folder import METRICS
@@ -493,8 +494,7 @@ def test_signals_reach_the_ranks_and_all_of_them_are_waited_for(
 
 
 SMALL = (
-    "--data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 --model.fpn_width 32 "
-    "--model.latent 16 --trainer.global_batch_size 8 --trainer.samples 160 --trainer.log_every 1 --trainer.threads 1 "
+    f"{NARROW} --trainer.global_batch_size 8 --trainer.samples 160 --trainer.log_every 1 --trainer.threads 1 "
     "--checkpoint.every_steps 4 --data.categories demo_biscuit"
 ).split()
 

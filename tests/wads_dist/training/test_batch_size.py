@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY, environment
+from tests.support.narrow import NARROW
 from tests.wads_dist.programs.common import Samples, small_config
 from wads_dist.common.errors import ConfigError
 from wads_dist.common.processes import free_port
@@ -152,8 +153,7 @@ def test_a_run_trains_with_what_was_found_and_goes_on_with_it(demo_shards: Path,
     run = tmp_path / "run"
     command = (
         f"{sys.executable} -m deepspeed.launcher.runner --num_accelerators 2 --master_port {free_port()} launch/train.py "
-        f"--data.shards {demo_shards} --run.dir {run} --data.categories demo_biscuit --data.image_size 64 --data.store_size 64 "
-        "--model.backbone resnet18 --model.width 8 --model.fpn_width 32 --model.latent 16 --trainer.global_batch_size 32 "
+        f"--data.shards {demo_shards} --run.dir {run} --data.categories demo_biscuit {NARROW} --trainer.global_batch_size 32 "
         "--trainer.threads 1 --trainer.samples 64 --trainer.find_batch_size --checkpoint.every_steps 1 --evaluation.holdout 0"
     ).split()
     folder = run / "demo_biscuit"

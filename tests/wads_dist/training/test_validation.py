@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.support.narrow import NARROW
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.load import load_config
 from wads_dist.config.schema import Config
@@ -32,10 +33,7 @@ def test_a_run_with_the_figure_is_bitwise_the_run_without_also_at_zero_3(run_ran
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return load_config(
-        "--data.shards x --data.image_size 64 --data.store_size 64 --model.backbone resnet18 --model.width 8 "
-        "--model.fpn_width 32 --model.latent 16 --trainer.kernels torch --evaluation.holdout 0".split()
-    )
+    return load_config(f"--data.shards x {NARROW} --trainer.kernels torch --evaluation.holdout 0".split())
 
 
 @pytest.fixture(scope="module")
