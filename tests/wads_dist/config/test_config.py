@@ -399,3 +399,16 @@ def test_every_category_has_monitors_of_its_own(tmp_path: Path) -> None:
     assert mine["csv_monitor"] == {"enabled": True, "output_path": "elsewhere", "job_name": "nut"}
     assert with_monitors({"csv_monitor": {"enabled": False}}, tmp_path, "nut") == {"csv_monitor": {"enabled": False}}
     assert without_monitors(settings) == {"x": 1} and "job_name" not in settings["tensorboard"]
+
+
+def test_shipped_files_are_found_from_any_folder_and_ones_own_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["--config", "configs/demo.toml", "--data.shards", "x"])
+    assert config.data.image_size == 64 and deepspeed_config(config, 2)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.toml").write_text("[data]\nimage_size = 128\n")
+    assert load_config(["--config", "configs/demo.toml"]).data.image_size == 128
+    with pytest.raises(ConfigError, match=r"cannot read configs/none\.toml"):
+        load_config(["--config", "configs/none.toml"])

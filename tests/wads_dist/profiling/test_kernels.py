@@ -260,7 +260,9 @@ def test_a_compile_report_that_fails_is_an_error(
     arguments = [a for a in TINY if a != "--no-compiled"]
     assert main([*arguments, "--kernel", "synthesis", "--only", "torch"]) == 1
     out, err = capsys.readouterr()
-    assert "failed: wads_dist.kernels.compiled exited with 9 and said: OSError: no ptxas" in err and "fp32 forward" in out
+    assert (
+        "failed: wads_dist.kernels.compiled exited with 9 and said: OSError: no ptxas" in err and "fp32 forward" in out
+    )
 
 
 def test_the_trace_names_each_call(quick: None, tmp_path: Path) -> None:
