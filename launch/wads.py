@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 from wads_dist import __version__
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text())
         return ExitCode.OK if name else ExitCode.BAD_CONFIG
     if name not in COMMANDS:
-        print(f"wads: no command {name!r}\n\n{help_text()}", file=sys.stderr)
+        near = get_close_matches(name, COMMANDS, 1)
+        meant = f"did you mean {near[0]}?" if near else "wads --help lists them"
+        print(f"wads: no command {name!r}; {meant}", file=sys.stderr)
         return ExitCode.BAD_CONFIG
     module, _ = COMMANDS[name]
     sys.argv = [f"wads {name}", *rest[:-1]]  # for usage lines

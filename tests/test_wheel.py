@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from wads_dist.common.errors import ExitCode
 from wads_dist.launch.wads import COMMANDS
+from wads_dist.launch.wads import main as wads
 
 pytestmark = pytest.mark.slow
 TINY = (
@@ -92,6 +94,12 @@ for name in {list(COMMANDS)}:
     assert not heavy, (name, heavy)
 """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+
+
+@pytest.mark.parametrize(("typed", "says"), [("trian", "did you mean train?"), ("\x1b[2J", "wads --help lists them")])
+def test_a_command_that_there_is_not(typed: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wads([typed]) == ExitCode.BAD_CONFIG
+    assert capsys.readouterr().err == f"wads: no command {typed!r}; {says}\n"
 
 
 def test_the_api_imports_torch_and_nothing_that_takes_as_long() -> None:
