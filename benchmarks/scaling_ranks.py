@@ -144,8 +144,8 @@ def measure(config: Config) -> int:
     warnings.simplefilter("ignore")
     unless_launched()
     rank = Rank(config)
-    world, share = rank.ranks.world_size, resolve_batches(config, rank.ranks.world_size)[0]
-    stage = int(read_settings(config)[1]["zero_optimization"]["stage"])
+    world, share = rank.ranks.world_size, resolve_batches(config.trainer, rank.ranks.world_size)[0]
+    stage = int(read_settings(config.trainer)[1]["zero_optimization"]["stage"])
     found: dict[str, Any] = {
         "ranks": world,
         "device": torch.cuda.get_device_name() if rank.ranks.device.type == "cuda" else "cpu",

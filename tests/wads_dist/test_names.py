@@ -145,7 +145,7 @@ def test_a_link_out_of_the_cache_or_of_a_models_folder_is_not_followed(tmp_path:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/built").symlink_to(tmp_path / "outside")
     with pytest.raises(DataError, match=r"built.*leads out of"):
-        locate_shards(config)
+        locate_shards(config.data)
     (tmp_path / "nut").mkdir()
     (tmp_path / "nut/export").symlink_to(tmp_path / "outside")
     with pytest.raises(DataError, match="export: leads out of"):
@@ -399,7 +399,7 @@ def test_the_folder_of_built_shards_may_come_of_any_name(tmp_path: Path) -> None
     for name in (os.fsdecode(b"Pr\xfcf"), "n" * 255, "plain"):
         config = load_config(["--data.cache", str(tmp_path)])
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": tmp_path / name})})
-        built = run.built_location(config)
+        built = run.built_location(config.data)
         built.mkdir(parents=True)
         assert (name == "plain") == built.name.startswith("plain-")
 

@@ -15,7 +15,7 @@ import torch
 
 from wads_dist.common.errors import ConfigError
 from wads_dist.common.files import PACKAGE, shipped
-from wads_dist.config.schema import Config, Precision, resolve_batches
+from wads_dist.config.schema import Precision, TrainerConfig, resolve_batches
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 
@@ -36,7 +36,7 @@ def resolve_precision(setting: Literal["auto", "bf16", "fp16", "fp32"], device_t
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def deepspeed_config(config: Config, world_size: int, stage: int | None = None) -> dict[str, Any]:
+def deepspeed_config(trainer: TrainerConfig, world_size: int, stage: int | None = None) -> dict[str, Any]:
     """The dictionary to give to ``deepspeed.initialize`` for either engine; a new one at each call.
 
     No precision block is written, and none is accepted: weights, gradients and optimisers are fp32 to DeepSpeed, the
@@ -45,15 +45,15 @@ def deepspeed_config(config: Config, world_size: int, stage: int | None = None) 
     ZeRO 1 to 3 (step() returns before GradScaler.update()) and clips gradients that are still scaled.
 
     Args:
-        config: the run's configuration.
+        trainer: the run's section of that name.
         world_size: ranks that train this model together.
         stage: the ZeRO stage to use in the place of the file's.
 
     Raises:
         ConfigError: the file is missing, is not JSON, or contradicts the configuration; names the file and the key.
     """
-    path, settings = read_settings(config)
-    micro, accumulation = resolve_batches(config, world_size)
+    path, settings = read_settings(trainer)
+    micro, accumulation = resolve_batches(trainer, world_size)
     problems: list[str] = []
 
     def fill(key: str, value: float, ours: str) -> None:
@@ -63,14 +63,14 @@ def deepspeed_config(config: Config, world_size: int, stage: int | None = None) 
             )
         settings[key] = value
 
-    fill("train_batch_size", config.trainer.global_batch_size, "trainer.global_batch_size")
+    fill("train_batch_size", trainer.global_batch_size, "trainer.global_batch_size")
     fill("train_micro_batch_size_per_gpu", micro, f"trainer.micro_batch_size on {world_size} ranks")
     fill("gradient_accumulation_steps", accumulation, "trainer.global_batch_size / (micro batch x ranks)")
     # Always filled: DeepSpeed's own default is 1.0, not off.
-    fill("gradient_clipping", config.trainer.gradient_clipping, "trainer.gradient_clipping")
+    fill("gradient_clipping", trainer.gradient_clipping, "trainer.gradient_clipping")
 
     problems += _misplaced(path, settings)
-    zero, of_file, wrong = _zero_block(path, settings, config)
+    zero, of_file, wrong = _zero_block(path, settings, trainer)
     problems += wrong
     if problems:
         raise ConfigError(problems)
@@ -83,7 +83,7 @@ def deepspeed_config(config: Config, world_size: int, stage: int | None = None) 
     elif stage != of_file:
         zero = {name: value for name, value in zero.items() if name != "compute_grad_norm"} | {"stage": stage}
         settings["zero_optimization"] = zero
-    if stage in (1, 2) and not config.trainer.gradient_clipping:
+    if stage in (1, 2) and not trainer.gradient_clipping:
         # The trainer has looked at all gradients before it lets an engine step; DeepSpeed would take their norm again, and
         # wait for the device to read it. (At ZeRO-3 it always does.)
         settings["zero_optimization"] = {"compute_grad_norm": False} | zero
@@ -105,7 +105,7 @@ def _misplaced(path: Path, settings: dict[str, Any]) -> Iterator[str]:
         yield f"{path}: tensorboard is enabled but not installed: pip install tensorboard"
 
 
-def _zero_block(path: Path, settings: dict[str, Any], config: Config) -> tuple[dict[str, Any], int, list[str]]:
+def _zero_block(path: Path, settings: dict[str, Any], trainer: TrainerConfig) -> tuple[dict[str, Any], int, list[str]]:
     """The file's ``zero_optimization``, its stage, and what is wrong with them."""
     problems = []
     zero = settings.get("zero_optimization", {})
@@ -115,7 +115,7 @@ def _zero_block(path: Path, settings: dict[str, Any], config: Config) -> tuple[d
     of_file = zero.get("stage", 0)
     if type(of_file) is not int or of_file not in (0, 1, 2, 3):
         problems.append(f"{path}: zero_optimization.stage is {of_file!r}; allowed: 0, 1, 2, 3")
-    if zero.get("compute_grad_norm") is False and (config.trainer.gradient_clipping or of_file not in (1, 2)):
+    if zero.get("compute_grad_norm") is False and (trainer.gradient_clipping or of_file not in (1, 2)):
         problems.append(
             f"{path}: zero_optimization.compute_grad_norm is false: DeepSpeed takes that at the stages 1 and 2 without "
             "trainer.gradient_clipping only; remove it from the file (it is filled in where it pays)"
@@ -144,13 +144,13 @@ def without_monitors(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in MONITORS}
 
 
-def read_settings(config: Config) -> tuple[Path, dict[str, Any]]:
+def read_settings(trainer: TrainerConfig) -> tuple[Path, dict[str, Any]]:
     """DeepSpeed's file as it stands, and where it was found.
 
     Raises:
         ConfigError: there is none, or it is not a JSON object.
     """
-    path = shipped(config.trainer.deepspeed.expanduser())
+    path = shipped(trainer.deepspeed.expanduser())
     return path, _read(path)
 
 

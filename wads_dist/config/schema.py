@@ -607,7 +607,7 @@ RESOLVED = "resolved"
 its own default, not what the preset would make of it today."""
 
 
-def resolve_batches(config: Config, world_size: int) -> tuple[int, int]:
+def resolve_batches(trainer: TrainerConfig, world_size: int) -> tuple[int, int]:
     """Samples a rank takes in one forward pass, and how many such passes make one step.
 
     Their product times ``world_size`` is exactly ``trainer.global_batch_size``.
@@ -615,7 +615,7 @@ def resolve_batches(config: Config, world_size: int) -> tuple[int, int]:
     Raises:
         ConfigError: the global batch cannot be divided so.
     """
-    total, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size
+    total, micro = trainer.global_batch_size, trainer.micro_batch_size
     if total % world_size:
         raise ConfigError(
             [f"trainer.global_batch_size: {total} cannot be shared by {world_size} ranks; give a multiple of that"]

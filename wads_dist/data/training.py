@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wads_dist.config.schema import Config
+from wads_dist.config.schema import Config, SynthesisConfig
 from wads_dist.data.images import (
     Entry,
     Images,
@@ -94,10 +94,9 @@ def shares(own: float, bank: int, images: int) -> tuple[int, int]:
     return wanted, min(bank, round(wanted * (1 - own) / own))
 
 
-def synthesis_settings(config: Config, grey: bool = False) -> SynthesisSettings:
+def synthesis_settings(synthesis: SynthesisConfig, image_size: int, grey: bool = False) -> SynthesisSettings:
     """The kernels' settings; ``grey``: the category's images are."""
-    fields = config.synthesis.model_dump() | {"grey": grey}
-    return SynthesisSettings(image_size=config.data.image_size, **fields)
+    return SynthesisSettings(image_size=image_size, **synthesis.model_dump() | {"grey": grey})
 
 
 def is_grey(images: Tensor) -> bool:
@@ -124,7 +123,7 @@ class TrainingData:
         if config.synthesis.grey == "auto":  # the same images in either mode, so that both give the same samples
             looked_at = evenly(self.entries, min(LOOKED_AT, len(self.entries)))
             grey = is_grey(decode_entries(dataset, category, looked_at, size))
-        self.settings = synthesis_settings(config, grey)
+        self.settings = synthesis_settings(config.synthesis, config.data.image_size, grey)
         self.images: Images
         if config.data.mode == "resident":
             self.images = ResidentImages(dataset, category, self.entries, size, device)

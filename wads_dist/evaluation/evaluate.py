@@ -124,14 +124,15 @@ def evaluate(model: Wads, config: Config, dataset: Dataset, category: str, ranks
     part = Part.of(model, config, dataset, category, ranks, threshold, mean)
     scores, anomalous = part.images(ranks)
     pixels = {name: values.result(ranks) for name, values in part.pixels.items()}
-    metrics = score_report(pixels[MODEL], binary_metrics(scores, anomalous), unmarked(config, dataset, category))
+    why = unmarked(config.data.image_size, config.evaluation.mask_rule, dataset, category)
+    metrics = score_report(pixels[MODEL], binary_metrics(scores, anomalous), why)
     metrics |= {"mask_rule": config.evaluation.mask_rule, "small_components": sum(ranks.gather(part.small))}
     metrics["turned_images"] = sum(ranks.gather(part.turned))
     metrics["trivial"] = trivial_report({name: pixels[name].metrics for name in DESCRIPTION})
     if model.experts is not None:
         weights = zip(model.experts.names, model.experts.weight.tolist(), strict=True)
         metrics["experts"] = {name: pixel_report(pixels[name].metrics) | {"weight": weight} for name, weight in weights}
-    test, predictions = _joined(gather_first(part.kept, ranks), config, ranks)
+    test, predictions = _joined(gather_first(part.kept, ranks), config.data.image_size, config.model.latent, ranks)
     health = reconstruction_report(predictions, test, mean) if ranks.is_first else {}
     metrics |= {"reconstruction": ranks.gather(health)[0], "test_images": total, "at_threshold": None}
     metrics["threshold_warning"] = threshold.warning if threshold else None
@@ -223,23 +224,21 @@ class Part:
 
 
 def _joined(
-    everywhere: list[list[tuple[TestImages, Predictions]]], config: Config, ranks: Ranks
+    everywhere: list[list[tuple[TestImages, Predictions]]], size: int, latent: int, ranks: Ranks
 ) -> tuple[TestImages, Predictions]:
     """What is kept, on the first rank (which has scored at least the first image)."""
     if not ranks.is_first:
-        size = config.data.image_size
-        shapes = ((0, size, size), (0, 3, size, size), (0, config.model.latent))
+        shapes = ((0, size, size), (0, 3, size, size), (0, latent))
         maps, images, codes = (torch.zeros(shape) for shape in shapes)
         return TestImages(images, maps.bool(), [], [], [], []), Predictions(maps, images, codes)
     parts = [part for of_rank in everywhere for part in of_rank]
     return TestImages.join([test for test, _ in parts]), Predictions.join([predictions for _, predictions in parts])
 
 
-def unmarked(config: Config, dataset: Dataset, category: str) -> str:
+def unmarked(size: int, rule: str, dataset: Dataset, category: str) -> str:
     """Why no pixel of a test split with defects is marked, if none is."""
     if all(sample.mask is None for _, sample in dataset.manifest(category).samples("test")):
         return "no defect has a mask"
-    size, rule = config.data.image_size, config.evaluation.mask_rule
     return f"no marked pixel is left at {size}×{size} by evaluation.mask_rule = {rule}"
 
 

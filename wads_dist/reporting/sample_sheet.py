@@ -189,8 +189,8 @@ def show_samples(config: Config, count: int, out: Path) -> int:
     """
     config.require_data()
     open_texture_bank(config.data.textures, config.data.cache)  # before shards are built, which may take hours
-    dataset = Dataset.open(locate_shards(config), cache=config.data.cache)
-    categories = chosen_categories(config, dataset)
+    dataset = Dataset.open(locate_shards(config.data), cache=config.data.cache)
+    categories = chosen_categories(config.data, dataset)
     device, console = Ranks.from_environment().device, Console()
     for category in categories:
         path = out if len(categories) == 1 else out.with_suffix("") / f"{category}{out.suffix}"

@@ -82,7 +82,7 @@ def check_run(config: Config, fingerprints: dict[str, str]) -> str:
     folder = config.run.dir
     refuse_links(folder, [*RESERVED, *fingerprints])
     record = folder / CONFIG
-    settings = json.dumps(read_settings(config)[1], indent=1, sort_keys=True)
+    settings = json.dumps(read_settings(config.trainer)[1], indent=1, sort_keys=True)
     for category, fingerprint in fingerprints.items():
         check_fingerprint(folder / category / METRICS, fingerprint)
     if (folder / DEEPSPEED).is_file() and (folder / DEEPSPEED).read_text() != settings:

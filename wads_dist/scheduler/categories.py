@@ -13,7 +13,7 @@ from typing import Any
 from wads_dist.common.errors import ExitCode, WadsError, exit_code
 from wads_dist.common.processes import free_port
 from wads_dist.common.signals import StopRequest
-from wads_dist.config.schema import Config
+from wads_dist.config.schema import Config, ParallelConfig
 from wads_dist.runs.events import Tail
 from wads_dist.runs.folder import CONFIG, EVENTS, LOG, METRICS
 from wads_dist.runs.leases import REPEATS, Lease, Owner, Queue
@@ -47,13 +47,10 @@ class Plan:
     groups: list[tuple[int, ...]]
     places: list[RankInfo]
 
-    def queue(self, config: Config, group: str, ranks: tuple[int, ...], host: str) -> Queue:
+    def queue(self, run: Path, settings: ParallelConfig, group: str, ranks: tuple[int, ...], host: str) -> Queue:
         """The run's queue, as seen by ``group``."""
-        parallel = config.parallel
         owner = Owner(self.launch, group, ranks, host)
-        return Queue(
-            config.run.dir, self.categories, owner, attempts=parallel.attempts, lease_seconds=parallel.lease_seconds
-        )
+        return Queue(run, self.categories, owner, attempts=settings.attempts, lease_seconds=settings.lease_seconds)
 
     def neighbours(self, rank: int) -> list[int]:
         """The ranks on the node of ``rank``, itself included."""
@@ -93,8 +90,10 @@ class Slot(threading.Thread):
         self.config, self.plan, self.group, self.index, self.stop, self.log = config, plan, group, index, stop, log
         launch = group.launch
         neighbours = plan.neighbours(launch.rank)
-        self.cores = Cores.share(config, neighbours.index(launch.rank), len(neighbours), index)
-        self.queue = plan.queue(config, group.name, group.ranks, launch.host) if group.is_first else None
+        parallel, local_rank = config.parallel, neighbours.index(launch.rank)
+        self.cores = Cores.share(parallel, config.trainer.threads, local_rank, len(neighbours), index)
+        queue = plan.queue(config.run.dir, parallel, group.name, group.ranks, launch.host)
+        self.queue = queue if group.is_first else None
         self.alone = len(plan.groups) * config.parallel.categories_per_gpu == 1
         self.died_here: list[str] = []
         """Categories whose workers have died in this group, since one has not."""

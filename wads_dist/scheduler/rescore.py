@@ -29,9 +29,9 @@ def evaluate_run(config: Config) -> int:
         ConfigError: as ``refuse_links``.
     """
     config.require_data()
-    dataset = Dataset.open(locate_shards(config), cache=config.data.cache)
+    dataset = Dataset.open(locate_shards(config.data), cache=config.data.cache)
     device = Ranks.from_environment().device
-    categories = chosen_categories(config, dataset)
+    categories = chosen_categories(config.data, dataset)
     if config.data.categories == ["all"]:
         categories = [c for c in categories if (config.run.dir / c / METRICS).is_file()]
     if not categories:
@@ -48,12 +48,12 @@ def evaluate_run(config: Config) -> int:
         )
         model = load_model(path.parent, of, device)
         evaluation = evaluate(model, of, dataset, category, Ranks(0, 1, 0, 1, device))
-        save_results(path.parent, category, evaluation, of)
+        save_results(path.parent, category, evaluation, of.evaluation)
         metrics = json.loads(path.read_text())
         for key in ("bounds", "undefined", "no_threshold"):  # which an evaluation has or has not
             metrics.pop(key, None)
         write_text(path, json.dumps(metrics | evaluation.metrics, indent=1))
-    conclude(config, Outcome(), categories, console)
+    conclude(config.run.dir, Outcome(), categories, console)
     return ExitCode.OK
 
 

@@ -65,7 +65,7 @@ def train_run(config: Config) -> int:
 def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopRequest) -> int:
     """The first rank's work: its part of the training, the summary, and what people see."""
     console, run = Console(), config.run.dir
-    queue = plan.queue(config, "", (), launch.host)
+    queue = plan.queue(config.run.dir, config.parallel, "", (), launch.host)
     said: set[int] = set()
     recorded: Outcome | None = None
 
@@ -91,7 +91,7 @@ def train_and_record(config: Config, plan: Plan, launch: Launch, stop: StopReque
         work(config, plan, launch, stop, on_tick)
     outcome = look(over=True)
     outcome.preempted = stop.requested and bool(outcome.missing)
-    conclude(config, outcome, plan.categories, console)
+    conclude(config.run.dir, outcome, plan.categories, console)
     return outcome.status
 
 
@@ -120,7 +120,7 @@ def plan_run(config: Config) -> int:
             console.print(f"group {number}: ranks {', '.join(map(str, ranks))} on {', '.join(nodes)}", highlight=False)
         missing = [name for name in plan.categories if not (config.run.dir / name / METRICS).is_file()]
         console.print(f"to train, in this order: {', '.join(missing) or 'nothing'}", highlight=False)
-        micro, accumulation = resolve_batches(config, len(plan.groups[0]))
+        micro, accumulation = resolve_batches(config.trainer, len(plan.groups[0]))
         shared = f"{micro} on each rank, {accumulation} times"
         if config.trainer.find_batch_size:
             shared = "on each rank as many at a time as is found fastest"
@@ -192,7 +192,7 @@ def settle_run(config: Config, nodes: list[str]) -> dict[str, Any]:
     # First what takes no time: building shards may take hours.
     known = None if config.data.categories == ["all"] else len(config.data.categories)
     check_settings(config, len(form(config, nodes, known)[0]) if known else config.parallel.ranks_per_category or 1)
-    location = locate_shards(config)
+    location = locate_shards(config.data)
     settled, fingerprints = settle(config, nodes, location)
     open_run(config, fingerprints)
     record_summary(config.run.dir, Outcome(), settled["categories"], over=False)
@@ -204,7 +204,7 @@ def settle_run(config: Config, nodes: list[str]) -> dict[str, Any]:
 
 def settle_dry(config: Config, nodes: list[str]) -> dict[str, Any]:
     """As ``settle_run``, but nothing is built or written."""
-    location = config.data.shards or str(built_location(config))
+    location = config.data.shards or str(built_location(config.data))
     if config.data.shards is None and not Path(location).is_dir():
         raise DataError(
             f"data.root {config.data.root}: its shards are not built yet, and --dry-run builds none; without it they are"
@@ -219,9 +219,9 @@ def settle(config: Config, nodes: list[str], location: str) -> tuple[dict[str, A
     """Categories and groups, and each category's fingerprint."""
     dataset = Dataset.open(location, cache=config.data.cache)
     index = dataset.index.categories
-    categories = chosen_categories(config, dataset)
+    categories = chosen_categories(config.data, dataset)
     groups = form(config, nodes, len(categories))
-    deepspeed_config(config, len(groups[0]))
+    deepspeed_config(config.trainer, len(groups[0]))
     fingerprints = {name: index[name].fingerprint for name in categories}
     # The last ones to be trained should be short: a group without a category waits for them.
     categories.sort(key=lambda name: index[name].train + index[name].test, reverse=True)
@@ -245,7 +245,7 @@ def check_settings(config: Config, world_size: int) -> None:
         ConfigError, DataError, ModelWeightsError: batch and ranks, DeepSpeed's file, precision, the texture bank, or the frozen
             network's weights do not work.
     """
-    deepspeed_config(config, world_size)
+    deepspeed_config(config.trainer, world_size)
     resolve_precision(config.trainer.precision, get_accelerator().device_name())
     if config.data.textures is not None:
         from wads_dist.data.training import (
@@ -259,15 +259,15 @@ def check_settings(config: Config, world_size: int) -> None:
         load_network(config.model.features, config.features.weights)
 
 
-def conclude(config: Config, outcome: Outcome, categories: list[str], console: Console) -> None:
+def conclude(run: Path, outcome: Outcome, categories: list[str], console: Console) -> None:
     """Writes ``summary.json`` and the report, prints the table and says where everything is."""
-    summary = record_summary(config.run.dir, outcome, categories, over=True)
-    files = f"{report_of(config.run.dir)}, summary.json"
+    summary = record_summary(run, outcome, categories, over=True)
+    files = f"{report_of(run)}, summary.json"
     if summary["categories"]:
         console.print(results_table(summary))
         console.print(reconstruction_table(summary))
         files += "; per category metrics.json, samples.png"
-    console.print(f"Run: {config.run.dir}  ({files})", highlight=False, soft_wrap=True)
+    console.print(f"Run: {run}  ({files})", highlight=False, soft_wrap=True)
     for name, code in outcome.failed.items():
         console.print(f"[red]{name} failed (exit code {code})[/red]; the same command tries it again", highlight=False)
 

@@ -19,7 +19,7 @@ from wads_dist.common.errors import ExitCode, RankLostError, WadsError
 from wads_dist.common.files import python_path
 from wads_dist.common.heartbeat import UNTIMED, Listener, stalled
 from wads_dist.common.signals import ASKING
-from wads_dist.config.schema import Config
+from wads_dist.config.schema import Config, ParallelConfig
 from wads_dist.runs.folder import EVENTS
 from wads_dist.runs.leases import Lease
 from wads_dist.scheduler.rendezvous import Group
@@ -87,9 +87,11 @@ class Cores:
     """The cores it may use; empty: it may use any."""
 
     @classmethod
-    def share(cls, config: Config, local_rank: int, local_ranks: int, slot: int) -> "Cores":
+    def share(
+        cls, parallel: ParallelConfig, threads: int | None, local_rank: int, local_ranks: int, slot: int
+    ) -> "Cores":
         """Every worker of a node as many as any other; a launcher that has bound its ranks to cores is followed."""
-        mine, slots = sorted(os.sched_getaffinity(0)), config.parallel.categories_per_gpu
+        mine, slots = sorted(os.sched_getaffinity(0)), parallel.categories_per_gpu
         try:
             bound = len(mine) < len(os.sched_getaffinity(os.getppid()))
         except OSError:
@@ -97,8 +99,8 @@ class Cores:
         workers, index = (slots, slot) if bound else (local_ranks * slots, local_rank * slots + slot)
         each = max(1, len(mine) // workers)
         first = index * each % len(mine)
-        pinned = tuple(mine[first : first + each]) if config.parallel.pin_cores else ()
-        return cls(config.trainer.threads or each, pinned)
+        pinned = tuple(mine[first : first + each]) if parallel.pin_cores else ()
+        return cls(threads or each, pinned)
 
 
 class Worker:

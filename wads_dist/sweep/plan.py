@@ -207,7 +207,7 @@ def plan_runs(
             for seed in range(first, first + (seeds or 1)):
                 config = load_config([*point, f"--{SEED}={seed}"])
                 config.require_data()
-                deepspeed_config(config, config.parallel.ranks_per_category or 1)
+                deepspeed_config(config.trainer, config.parallel.ranks_per_category or 1)
                 if problem := run_problem(_name(config, fields, variant)):
                     problems.append(f"--grid: the name of a run {problem}; give fewer or shorter values")
                 if (name := _name(config, fields, variant)) in planned:
@@ -245,8 +245,8 @@ def _locate(config: Config, build: bool) -> tuple[str | None, list[str]]:
     if config.data.root is not None and not build:
         wanted = config.data.categories
         return None, list(find_categories(config.data.root)) if wanted == ["all"] else wanted
-    location = locate_shards(config)
-    categories = chosen_categories(config, Dataset.open(location, cache=config.data.cache))
+    location = locate_shards(config.data)
+    categories = chosen_categories(config.data, Dataset.open(location, cache=config.data.cache))
     return str(Path(location).absolute()) if Path(location).is_dir() else location, categories
 
 

@@ -12,7 +12,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from wads_dist.common.errors import ConfigError
-from wads_dist.config.schema import Config
 from wads_dist.training.engines import copy_all
 
 WARM_UP = 3
@@ -53,9 +52,9 @@ def compile_networks(engines: Sequence[DeepSpeedEngine], mode: str, backend: str
         network.forward = torch.compile(network.forward, backend=backend, mode=mode, fullgraph=True, dynamic=False)
 
 
-def why_no_graph(config: Config, device_type: str, world_size: int, stage: int) -> str | None:
+def why_no_graph(wanted: bool, device_type: str, world_size: int, stage: int) -> str | None:
     """None if a step can be a CUDA graph; else what stands against it."""
-    if not config.trainer.cuda_graph:
+    if not wanted:
         return "trainer.cuda_graph is off"
     if device_type != "cuda":
         return "there is no GPU"

@@ -27,7 +27,7 @@ from wads_dist.common.host_memory import keep_freed_memory
 from wads_dist.common.ranks import Ranks, unname_shared_memory
 from wads_dist.common.signals import StopRequest
 from wads_dist.config.deepspeed import read_settings
-from wads_dist.config.schema import Config, ExpertsConfig
+from wads_dist.config.schema import Config, ExpertsConfig, TrainerConfig
 from wads_dist.data.training import TrainingData, TrainingSplit, rank_samples
 from wads_dist.evaluation.calibration import fit_experts
 from wads_dist.evaluation.evaluate import Evaluation, evaluate
@@ -114,9 +114,9 @@ def initialise(config: Config, threads: int) -> Ranks:
     return ranks
 
 
-def stage_note(config: Config, stage: int | None, resumed: bool) -> str | None:
+def stage_note(trainer: TrainerConfig, stage: int | None, resumed: bool) -> str | None:
     """Why the ZeRO stage is not that of DeepSpeed's file, if it is not."""
-    path, settings = read_settings(config)
+    path, settings = read_settings(trainer)
     of_file = (settings.get("zero_optimization") or {}).get("stage", 0)
     if stage in (None, of_file):
         return None
@@ -191,7 +191,7 @@ class CategoryTraining:
         resumed = checkpoint.choose(self.ranks, self.checkpoints, self.events.write)
         stage = checkpoint.zero_stage(resumed, self.ranks.world_size)
         self.trainer = Trainer(config, self.ranks, self.images, self._requests, heartbeat, category, stage)
-        if note := stage_note(config, stage, resumed is not None):
+        if note := stage_note(config.trainer, stage, resumed is not None):
             self.say(note)
         shown = (config, self.dataset, category, self.images)
         self.pictured = validation.ValidationSamples.of(*shown) if validation.wanted(self.trainer) else None
@@ -405,7 +405,7 @@ class CategoryTraining:
             "grey": self.images.settings.grey,
             "stopping": self.held_out.record(trainer) if self.held_out else None,
         }
-        save_results(self.folder, self.category, evaluation, config)
+        save_results(self.folder, self.category, evaluation, config.evaluation)
         require_lease(self.lease, self.ranks)
         write_text(self.folder / METRICS, json.dumps(metrics, indent=1))
         scores = {name: metrics[name] for name in ("pixel_auroc", "pixel_ap", "image_auroc")}

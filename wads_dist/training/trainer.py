@@ -14,7 +14,7 @@ from wads_dist.common.errors import NotFiniteError
 from wads_dist.common.heartbeat import Heartbeat
 from wads_dist.common.ranks import Ranks
 from wads_dist.config.deepspeed import deepspeed_config, resolve_precision, with_monitors, without_monitors
-from wads_dist.config.schema import Config, resolve_batches
+from wads_dist.config.schema import Config, TrainerConfig, resolve_batches
 from wads_dist.data.training import TrainingData, rank_samples
 from wads_dist.kernels.objective import objective
 from wads_dist.kernels.synthesis import Batch
@@ -30,9 +30,8 @@ from wads_dist.training.timing import OwnTime
 CODE_SAMPLES = 128
 
 
-def learning_rate(config: Config, position: int) -> float:
+def learning_rate(trainer: TrainerConfig, position: int) -> float:
     """The rate at sample ``position`` of the budget: a function of the position alone, so there is no scheduler state."""
-    trainer = config.trainer
     done = min(position / trainer.samples, 1.0)
     if done < trainer.warmup:
         return trainer.learning_rate * min(1.0, (done + trainer.global_batch_size / trainer.samples) / trainer.warmup)
@@ -63,7 +62,7 @@ class Trainer:
         self.config, self.ranks, self.data = config, ranks, data
         self.requests, self.heartbeat, self.own_time = requests, heartbeat or Heartbeat(), OwnTime(ranks.device.type)
         self.precision = resolve_precision(config.trainer.precision, ranks.device.type)
-        self.micro_batch_size, self.accumulation = resolve_batches(config, ranks.world_size)
+        self.micro_batch_size, self.accumulation = resolve_batches(config.trainer, ranks.world_size)
         torch.manual_seed(config.trainer.seed)
         wads = Wads(config.model, config.data.image_size, self.precision).to(ranks.device)
         if config.model.standardise_code:
@@ -72,7 +71,7 @@ class Trainer:
         discriminator = Discriminator(config.data.image_size, config.model.width, self.precision).to(ranks.device)
         for network in (wads, discriminator):
             use_kernels(network, config.trainer.kernels)
-        settings = deepspeed_config(config, ranks.world_size, stage)
+        settings = deepspeed_config(config.trainer, ranks.world_size, stage)
         rate, betas = config.trainer.learning_rate, config.trainer.betas
         monitored = with_monitors(settings, config.run.dir / MONITOR, category)
         self.generator_engine = engines.initialize(wads, engines.adam(wads, rate, betas), monitored)
@@ -94,7 +93,9 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         """Weights of the best of ``progress.scores``, as ``inference_state`` returns them; on the first rank."""
         self.graph: graph.StepGraph | None = None
-        self.why_no_graph = graph.why_no_graph(config, ranks.device.type, ranks.world_size, self.zero_stage)
+        self.why_no_graph = graph.why_no_graph(
+            config.trainer.cuda_graph, ranks.device.type, ranks.world_size, self.zero_stage
+        )
         if not self.why_no_graph:
             self.graph = graph.StepGraph(self, self.micro_batch_size, ranks.device)
 
@@ -245,7 +246,7 @@ class Trainer:
         else:
             if self.loss_scale.scale != 1:
                 torch._foreach_div_(grads, self.loss_scale.scale)
-            rate = learning_rate(self.config, first)
+            rate = learning_rate(self.config.trainer, first)
             for engine in self.both:
                 engines.set_learning_rate(engine, rate)
                 engine.step()

@@ -261,14 +261,14 @@ def test_difference_names_path_and_both_values() -> None:
 )
 def test_batches(total: int, micro: int | None, world: int, expected: tuple[int, int]) -> None:
     config = load_config([f"--trainer.global_batch_size={total}", f"--trainer.micro_batch_size={micro}"])
-    assert resolve_batches(config, world) == expected
+    assert resolve_batches(config.trainer, world) == expected
 
 
 @pytest.mark.parametrize("micro, world", [("none", 3), ("32", 4), ("64", 2)])
 def test_batches_that_do_not_divide(micro: str, world: int) -> None:
     config = load_config(["--trainer.micro_batch_size", micro])
     with pytest.raises(ConfigError, match="global_batch_size"):
-        resolve_batches(config, world)
+        resolve_batches(config.trainer, world)
 
 
 # --- the files we ship ---
@@ -277,8 +277,8 @@ def test_batches_that_do_not_divide(micro: str, world: int) -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.toml")), ids=lambda path: path.name)
 def test_shipped_file_loads(path: Path) -> None:
     config = load_config(["--config", str(path)])
-    assert resolve_batches(config, 2)[1] == 1
-    assert deepspeed_config(config, 2)["zero_optimization"]["stage"] in (0, 1)
+    assert resolve_batches(config.trainer, 2)[1] == 1
+    assert deepspeed_config(config.trainer, 2)["zero_optimization"]["stage"] in (0, 1)
 
 
 def test_paper_literal_file_uses_its_preset() -> None:
@@ -296,7 +296,7 @@ def test_shipped_deepspeed_file(stage: int, monkeypatch: pytest.MonkeyPatch, tmp
         f"--trainer.deepspeed configs/deepspeed/zero{stage}.json --trainer.micro_batch_size 8".split()
         + ["--trainer.gradient_clipping", "0.5"]
     )
-    settings = deepspeed_config(config, 2)
+    settings = deepspeed_config(config.trainer, 2)
     assert settings["zero_optimization"]["stage"] == stage
     assert settings["train_batch_size"] == 64
     assert settings["train_micro_batch_size_per_gpu"] == 8
@@ -310,13 +310,13 @@ def test_shipped_deepspeed_file(stage: int, monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_another_stage_than_the_files_may_be_asked_for(of_file: int, stage: int) -> None:
     config = load_config(["--trainer.deepspeed", f"configs/deepspeed/zero{of_file}.json"])
-    zero = deepspeed_config(config, 1, stage)["zero_optimization"]
+    zero = deepspeed_config(config.trainer, 1, stage)["zero_optimization"]
     assert zero["stage"] == stage
     assert zero.get("compute_grad_norm") is (False if stage == 1 else None)  # where DeepSpeed takes it
 
 
 def test_clipping_is_always_written_because_deepspeeds_default_is_not_off() -> None:
-    assert deepspeed_config(Config(), 1)["gradient_clipping"] == 0.0
+    assert deepspeed_config(Config().trainer, 1)["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_no_norm_is_computed_that_nobody_uses(stage: int, clipping: str, off: bo
     """DeepSpeed would wait for it; it refuses to go without where it clips, and at ZeRO-3."""
     file = f"configs/deepspeed/zero{stage}.json"
     config = load_config(["--trainer.deepspeed", file, "--trainer.gradient_clipping", clipping])
-    assert (deepspeed_config(config, 2)["zero_optimization"].get("compute_grad_norm") is False) == off
+    assert (deepspeed_config(config.trainer, 2)["zero_optimization"].get("compute_grad_norm") is False) == off
 
 
 @pytest.mark.parametrize(
@@ -357,32 +357,32 @@ def test_no_norm_is_computed_that_nobody_uses(stage: int, clipping: str, off: bo
 def test_deepspeed_file_that_contradicts(content: object, expected: str, tmp_path: Path) -> None:
     file = write(tmp_path / "ds.json", json.dumps(content))
     with pytest.raises(ConfigError) as caught:
-        deepspeed_config(load_config(["--trainer.deepspeed", file]), 2)
+        deepspeed_config(load_config(["--trainer.deepspeed", file]).trainer, 2)
     assert expected in str(caught.value) and file in str(caught.value)
 
 
 def test_deepspeed_is_not_told_to_clip_by_a_norm_it_may_not_take(tmp_path: Path) -> None:
     zero = {"stage": 1, "compute_grad_norm": False}
     file = write(tmp_path / "ds.json", json.dumps({"zero_optimization": zero}))
-    assert deepspeed_config(load_config(["--trainer.deepspeed", file]), 2)["zero_optimization"] == zero
+    assert deepspeed_config(load_config(["--trainer.deepspeed", file]).trainer, 2)["zero_optimization"] == zero
     with pytest.raises(ConfigError, match=r"ds\.json: zero_optimization\.compute_grad_norm is false"):
-        deepspeed_config(load_config(["--trainer.deepspeed", file, "--trainer.gradient_clipping", "1"]), 2)
+        deepspeed_config(load_config(["--trainer.deepspeed", file, "--trainer.gradient_clipping", "1"]).trainer, 2)
 
 
 def test_deepspeed_file_that_agrees(tmp_path: Path) -> None:
     file = write(tmp_path / "ds.json", json.dumps({"train_batch_size": 64, "fp16": {"enabled": False}}))
-    assert deepspeed_config(load_config(["--trainer.deepspeed", file]), 2)["train_batch_size"] == 64
+    assert deepspeed_config(load_config(["--trainer.deepspeed", file]).trainer, 2)["train_batch_size"] == 64
 
 
 def test_deepspeed_file_that_is_not_json_is_named_with_its_line(tmp_path: Path) -> None:
     file = write(tmp_path / "ds.json", '{\n"a": 1,\n}')
     with pytest.raises(ConfigError, match=r"ds\.json line 3"):
-        deepspeed_config(load_config(["--trainer.deepspeed", file]), 1)
+        deepspeed_config(load_config(["--trainer.deepspeed", file]).trainer, 1)
 
 
 def test_deepspeed_file_that_is_absent() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.deepspeed: no file none\.json"):
-        deepspeed_config(load_config(["--trainer.deepspeed", "none.json"]), 1)
+        deepspeed_config(load_config(["--trainer.deepspeed", "none.json"]).trainer, 1)
 
 
 def test_precision_on_a_cpu() -> None:
@@ -406,7 +406,12 @@ def test_shipped_files_are_found_from_any_folder_and_ones_own_come_first(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_config(["--config", "configs/demo.toml", "--data.shards", "x"])
-    assert config.data.image_size == 64 and deepspeed_config(config, 2)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+    assert config.data.image_size == 64 and deepspeed_config(config.trainer, 2)["zero_optimization"]["stage"] in (
+        0,
+        1,
+        2,
+        3,
+    )
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "demo.toml").write_text("[data]\nimage_size = 128\n")
     assert load_config(["--config", "configs/demo.toml"]).data.image_size == 128

@@ -23,7 +23,7 @@ class Samples:
         generator = torch.Generator().manual_seed(0)
         size = config.data.store_size
         self.images = torch.randint(0, 256, (6, 3, size, size), generator=generator, dtype=torch.uint8)
-        self.settings, self.seed = synthesis_settings(config), config.trainer.seed
+        self.settings, self.seed = synthesis_settings(config.synthesis, config.data.image_size), config.trainer.seed
         self.bad, self.loud = (torch.tensor(sorted(ids), dtype=torch.int64) for ids in (bad, loud))
         self.backend = config.trainer.kernels
 

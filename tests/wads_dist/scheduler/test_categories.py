@@ -185,20 +185,25 @@ def test_a_full_disk_or_a_closed_terminal_does_not_end_the_training(
     assert len(asked) >= 2 and attempts_of(tmp_path, "a")[0].end
 
 
+def shared(options: list[str], local_rank: int, local_ranks: int, slot: int) -> Cores:
+    config = load_config(options)
+    return Cores.share(config.parallel, config.trainer.threads, local_rank, local_ranks, slot)
+
+
 @pytest.mark.parametrize(("slot", "expected"), [(0, (4, 5)), (1, (6, 7))])
 def test_the_cores_of_a_node_are_shared_by_its_workers(
     slot: int, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     options = ["--parallel.categories_per_gpu", "2", "--parallel.pin_cores", "true"]
-    assert Cores.share(load_config(options), 1, 2, slot) == Cores(2, expected)
-    assert Cores.share(load_config(options[:2]), 1, 2, slot) == Cores(2)
-    assert Cores.share(load_config([*options, "--trainer.threads", "1"]), 1, 2, slot) == Cores(1, expected)
+    assert shared(options, 1, 2, slot) == Cores(2, expected)
+    assert shared(options[:2], 1, 2, slot) == Cores(2)
+    assert shared([*options, "--trainer.threads", "1"], 1, 2, slot) == Cores(1, expected)
 
 
 def test_the_cores_that_a_launcher_has_given_a_rank_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3} if pid == 0 else set(range(8)))
-    assert Cores.share(load_config(["--parallel.pin_cores", "true"]), 1, 4, 0) == Cores(2, (2, 3))
+    assert shared(["--parallel.pin_cores", "true"], 1, 4, 0) == Cores(2, (2, 3))
 
 
 def test_a_worker_imports_nothing_from_the_working_folder(tmp_path: Path) -> None:

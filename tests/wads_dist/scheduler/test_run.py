@@ -315,7 +315,7 @@ def test_a_supervisor_loads_neither_networks_nor_kernels() -> None:
 
 def test_a_run_in_which_nothing_was_finished_has_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(["--data.shards", "x", "--run.dir", str(tmp_path)])
-    conclude(config, Outcome(failed={"nut": 6}), ["nut"], Console())
+    conclude(config.run.dir, Outcome(failed={"nut": 6}), ["nut"], Console())
     assert (tmp_path / "report.html").is_file() and "report.html" in capsys.readouterr().out
 
 

@@ -93,9 +93,9 @@ def test_discriminator_loss_is_the_mean_of_two_cross_entropies() -> None:
 
 def test_learning_rate_is_a_function_of_the_position() -> None:
     base = "--data.shards x --trainer.samples 1000 --trainer.global_batch_size 10 --trainer.learning_rate 0.1".split()
-    assert rate(load_config(base), 990) == 0.1
+    assert rate(load_config(base).trainer, 990) == 0.1
     config = load_config([*base, "--trainer.schedule", "cosine", "--trainer.warmup", "0.1"])
-    rates = [rate(config, position) for position in range(0, 1000, 10)]
+    rates = [rate(config.trainer, position) for position in range(0, 1000, 10)]
     assert rates[0] == pytest.approx(0.01) and rates[9] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.1 * (0.01 + 0.99 / 2)) and 0.001 <= rates[-1] < 0.0012
@@ -130,7 +130,7 @@ def test_training_gives_up_after_many_rejected_steps_and_names_the_samples() -> 
 @pytest.mark.parametrize("warmup", [0.001, 0.05])
 def test_warm_up_never_exceeds_the_rate(warmup: float) -> None:
     config = load_config(["--data.shards", "x", "--trainer.samples", "9000", "--trainer.warmup", str(warmup)])
-    assert max(rate(config, position) for position in range(0, 9000, 64)) <= config.trainer.learning_rate
+    assert max(rate(config.trainer, position) for position in range(0, 9000, 64)) <= config.trainer.learning_rate
 
 
 @pytest.mark.slow
@@ -151,6 +151,8 @@ def test_a_lone_rank_has_nothing_to_share_and_a_checkpoint_keeps_its_stage(tmp_p
     assert (zero_stage(None, 1), zero_stage(None, 2)) == (0, None)
     (tmp_path / "progress.json").write_text(json.dumps({"zero_stage": 1}))
     assert (zero_stage(tmp_path, 1), zero_stage(tmp_path, 2)) == (1, 1)
-    assert "has nothing to share (stage 1 of" in str(stage_note(config, 0, resumed=False))
-    assert "ZeRO-0, as its checkpoint has it, and not stage 1 of" in str(stage_note(config, 0, resumed=True))
-    assert stage_note(config, None, resumed=False) is None and stage_note(config, 1, resumed=True) is None
+    assert "has nothing to share (stage 1 of" in str(stage_note(config.trainer, 0, resumed=False))
+    assert "ZeRO-0, as its checkpoint has it, and not stage 1 of" in str(stage_note(config.trainer, 0, resumed=True))
+    assert (
+        stage_note(config.trainer, None, resumed=False) is None and stage_note(config.trainer, 1, resumed=True) is None
+    )
