@@ -100,13 +100,13 @@ def main() -> None:
             for step in range(STEPS):
                 # Each step from the engines' own weights: rounding would grow a hundredfold in three steps of SGD at this
                 # rate, and under Adam a weight whose gradient is noise moves either way. Adam's moments are never copied.
-                with torch.no_grad():
-                    for name, value in both_states(trainer).items():
-                        plain.parameters()[name].copy_(value)
+                parameters = plain.parameters()
+                for name, value in both_states(trainer).items():
+                    parameters[name].copy_(value)
                 trainer.step(step * 8)
                 plain.step(step * 8)
                 for name, value in both_states(trainer).items():
-                    error = relative_error(value, plain.parameters()[name])
+                    error = relative_error(value, parameters[name])
                     worst = max(worst, error)
                     # Adam divides by √v: where a gradient is rounding noise, so is its step (1e-3). Its moments tell more.
                     assert error < (1e-2 if adam else 1e-5), (stage, step, name, error)
