@@ -53,10 +53,8 @@ class RandomImages:
         size, generator = config.data.store_size, torch.Generator().manual_seed(0)
         self.images = torch.randint(256, (IMAGES, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
         self.textures = torch.from_numpy(procedural_textures(size=size)).to(device)
-        self.settings, self.backend = (
-            synthesis_settings(config.synthesis, config.data.image_size),
-            config.trainer.kernels,
-        )
+        self.settings = synthesis_settings(config.synthesis, config.data.image_size)
+        self.backend = config.trainer.kernels
 
     def batch(self, sample: Tensor, upcoming: Tensor | None = None) -> Batch:
         return synthesise(self.images, self.textures, sample, 0, self.settings, None, IMAGES, self.backend)

@@ -92,8 +92,9 @@ class Slot(threading.Thread):
         neighbours = plan.neighbours(launch.rank)
         parallel, local_rank = config.parallel, neighbours.index(launch.rank)
         self.cores = Cores.share(parallel, config.trainer.threads, local_rank, len(neighbours), index)
-        queue = plan.queue(config.run.dir, parallel, group.name, group.ranks, launch.host)
-        self.queue = queue if group.is_first else None
+        self.queue = None
+        if group.is_first:
+            self.queue = plan.queue(config.run.dir, parallel, group.name, group.ranks, launch.host)
         self.alone = len(plan.groups) * config.parallel.categories_per_gpu == 1
         self.died_here: list[str] = []
         """Categories whose workers have died in this group, since one has not."""

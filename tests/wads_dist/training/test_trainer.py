@@ -153,6 +153,5 @@ def test_a_lone_rank_has_nothing_to_share_and_a_checkpoint_keeps_its_stage(tmp_p
     assert (zero_stage(tmp_path, 1), zero_stage(tmp_path, 2)) == (1, 1)
     assert "has nothing to share (stage 1 of" in str(stage_note(config.trainer, 0, resumed=False))
     assert "ZeRO-0, as its checkpoint has it, and not stage 1 of" in str(stage_note(config.trainer, 0, resumed=True))
-    assert (
-        stage_note(config.trainer, None, resumed=False) is None and stage_note(config.trainer, 1, resumed=True) is None
-    )
+    assert stage_note(config.trainer, None, resumed=False) is None
+    assert stage_note(config.trainer, 1, resumed=True) is None
